@@ -24,6 +24,7 @@ import contextlib
 import fnmatch
 import hashlib
 import hmac
+import inspect
 import ipaddress
 import json
 import math
@@ -43,6 +44,7 @@ import urllib.parse
 import uuid
 from collections import deque
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from typing import (Any, AsyncIterator, Callable, Dict, FrozenSet, Iterator, List, Mapping,
                     NamedTuple, Optional, Set, Tuple)
 
@@ -59,25 +61,21 @@ POSIX = os.name == "posix"
 # fails.  Nothing here knows HTTP, a dialect's words, or that a process exists.
 # To add an error: one row in ERRORS.
 
+CALLER, SERVER_FAULT = ("invalid_request_error",) * 2, ("api_error", "server_error")
 ERRORS: Dict[str, Tuple[int, str, str]] = {     # kind -> HTTP status, Anthropic's and OpenAI's type
-    "invalid_request": (400, "invalid_request_error", "invalid_request_error"),
+    "invalid_request": (400, *CALLER), "method_not_allowed": (405, *CALLER),
+    "request_timeout": (408, *CALLER), "uri_too_long": (414, *CALLER),
+    "unsupported_media_type": (415, *CALLER), "headers_too_large": (431, *CALLER),
+    "not_implemented": (501, *CALLER), "http_version": (505, *CALLER),
+    "internal_error": (500, *SERVER_FAULT), "backend_error": (502, *SERVER_FAULT),
+    "unavailable": (503, *SERVER_FAULT),
     "invalid_api_key": (401, "authentication_error", "authentication_error"),
     "insufficient_quota": (402, "billing_error", "insufficient_quota"),
     "forbidden": (403, "permission_error", "permission_error"),
     "not_found": (404, "not_found_error", "invalid_request_error"),
-    "method_not_allowed": (405, "invalid_request_error", "invalid_request_error"),
-    "request_timeout": (408, "invalid_request_error", "invalid_request_error"),
     "request_too_large": (413, "request_too_large", "invalid_request_error"),
-    "uri_too_long": (414, "invalid_request_error", "invalid_request_error"),
-    "unsupported_media_type": (415, "invalid_request_error", "invalid_request_error"),
     "rate_limit_exceeded": (429, "rate_limit_error", "rate_limit_error"),
-    "headers_too_large": (431, "invalid_request_error", "invalid_request_error"),
-    "internal_error": (500, "api_error", "server_error"),
-    "not_implemented": (501, "invalid_request_error", "invalid_request_error"),
-    "backend_error": (502, "api_error", "server_error"),
-    "unavailable": (503, "api_error", "server_error"),
     "timeout": (504, "timeout_error", "server_error"),
-    "http_version": (505, "invalid_request_error", "invalid_request_error"),
     "overloaded": (529, "overloaded_error", "server_error"),
 }
 KIND_OF_STATUS = {row[0]: kind for kind, row in ERRORS.items()}
@@ -105,6 +103,14 @@ class Died(ApiError):
         super().__init__("backend_error", message)
 
 
+def parse_input(text: str) -> Any:
+    """A tool call's arguments:  '' -> {},  '{"a":1}' -> {"a": 1},  cut off -> the text itself."""
+    try:
+        return json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+
+
 @dataclass(frozen=True)
 class Turn:
     """What a caller asks of the model, whatever dialect it asked in."""
@@ -112,8 +118,7 @@ class Turn:
     messages: Tuple[dict, ...] = ()         # Anthropic messages, block lists; the last is the user's
     system: str = ""
     tools: Tuple[dict, ...] = ()            # Anthropic tools, run by the client
-    fields: Mapping[str, Any] = field(default_factory=dict)  # Messages fields for the model, as is
-    effort: Optional[str] = None
+    fields: Mapping[str, Any] = field(default_factory=dict)  # Messages fields as is, and `effort`
     schema: Optional[dict] = None           # JSON schema that the answer has to match
     stream: bool = False
     said: Mapping[str, str] = field(default_factory=dict)    # our field -> the caller's name for it
@@ -133,15 +138,13 @@ class Message:
     model: str                              # as the caller wrote it
     created: int                            # Unix seconds
     wants: FrozenSet[str] = frozenset()
-    id: str = ""
-    real_model: str = ""
+    start: dict = field(default_factory=dict)       # the message of message_start: id, real model
     content: List[dict] = field(default_factory=list)
     stop_reason: Optional[str] = None
     stop_sequence: Optional[str] = None
     usage: Dict[str, Any] = field(default_factory=dict)
     calls: int = 0                          # tool_use blocks so far
     openings: int = 0                       # pings and message_start seen: 1 at the first of them
-    started: bool = False                   # message_start has come
     done: bool = False
     parts: Optional[Dict[str, List[str]]] = None    # of the open block, joined at its end
 
@@ -160,17 +163,16 @@ class Message:
             self.parts = {}
         elif kind == "content_block_stop":
             block = self.content[-1]
-            for target, pieces in (self.parts or {}).items():
+            for target, pieces in self.parts.items():
                 block[target] = parse_input("".join(pieces)) if target == "input" else \
                     "".join([block.get(target) or "", *pieces])
             self.parts = None
         elif kind == "message_start":
-            self.id, self.real_model = event["message"].get("id"), event["message"].get("model")
+            self.start = event["message"]
         elif kind == "message_delta":
             self.stop_reason = event["delta"].get("stop_reason")
             self.stop_sequence = event["delta"].get("stop_sequence")
         self.openings += kind in ("message_start", "ping")
-        self.started |= kind == "message_start"
         self.done |= kind == "message_stop"
         usage = event.get("usage") or event.get("message", {}).get("usage") or {}
         self.usage.update({k: v for k, v in usage.items() if v is not None})
@@ -179,20 +181,12 @@ class Message:
         """All text of the finished blocks of one type:  said("thinking") -> "let me see"."""
         return "".join(b.get(kind) or "" for b in self.content if b.get("type") == kind)
 
-
-def parse_input(text: str) -> Any:
-    """A tool call's arguments:  '' -> {},  '{"a":1}' -> {"a": 1},  cut off -> the text itself."""
-    try:
-        return json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return text
-
-
-def count_tokens(usage: Mapping[str, Any]) -> Tuple[int, int, int]:
-    """Anthropic usage as (all input tokens, those read from the cache, output tokens)."""
-    cached = usage.get("cache_read_input_tokens") or 0
-    fresh = (usage.get("input_tokens") or 0) + (usage.get("cache_creation_input_tokens") or 0)
-    return fresh + cached, cached, usage.get("output_tokens") or 0
+    def tokens(self) -> Tuple[int, int, int]:
+        """Usage as (all input tokens, those read from the cache, output tokens)."""
+        cached, fresh, written, made = (self.usage.get(name) or 0 for name in (
+            "cache_read_input_tokens", "input_tokens", "cache_creation_input_tokens",
+            "output_tokens"))
+        return cached + fresh + written, cached, made
 
 
 def say(text: str) -> None:
@@ -217,102 +211,79 @@ def words(value: Any) -> List[str]:
 
 def mapping(value: Any) -> Dict[str, str]:
     """"fast=haiku,gpt-*=sonnet" -> {"fast": "haiku", "gpt-*": "sonnet"}; a dict as it is."""
-    pairs = [(str(k), "=", str(v)) for k, v in value.items()] if isinstance(value, dict) else [
-        item.partition("=") for item in words(value)]
-    if not all(all(map(str.strip, pair)) for pair in pairs):
+    pairs = value.items() if isinstance(value, dict) else [w.split("=") for w in words(value)]
+    if not all(len(pair) == 2 and all(str(text).strip() for text in pair) for pair in pairs):
         raise ValueError("expected NAME=MODEL,...")
-    return {name.strip(): target.strip() for name, _, target in pairs}
+    return {str(name).strip(): str(target).strip() for name, target in pairs}
 
 
-def whole(low: int, high: float = math.inf) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if not re.fullmatch(r"\d{1,9}", str(value), re.ASCII) or not low <= int(value) <= high:
-            raise ValueError(f"expected a number from {low}" + (f" to {high}" if high < 1e9 else ""))
-        return int(value)
+def within(kind: type, low: float, high: float = 1e9) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not re.fullmatch(r"\d{1,10}(\.\d+)?", str(value), re.ASCII) or not (
+                low <= kind(value) <= high):
+            raise ValueError(f"expected a number from {low:g} to {high:g}")
+        return kind(value)
     return check
-
-
-def seconds(value: Any) -> float:
-    if not 0 < float(value) < 1e9:
-        raise ValueError("expected seconds above 0")
-    return float(value)
 
 
 def size(value: Any) -> int:
     """Bytes:  "32M" -> 33554432,  "64k" -> 65536,  "1000" -> 1000."""
-    found = re.fullmatch(r"(\d{1,12})([kmg]?)b?", str(value).strip().lower(), re.ASCII)
-    if not found or not int(found.group(1)):
+    found = re.fullmatch(r"([1-9]\d{0,11})([kmg]?)b?", str(value).strip().lower(), re.ASCII)
+    if not found:
         raise ValueError("expected bytes, such as 32M")
     return int(found.group(1)) * 1024 ** ("kmg".find(found.group(2) or " ") + 1)
 
 
 def flag(value: Any) -> bool:
-    word = str(value).strip().lower()
-    if word not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+    if str(value).strip().lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
         raise ValueError("expected true or false")
-    return word in ("1", "true", "yes", "on")
+    return str(value).strip().lower() in ("1", "true", "yes", "on")
 
 
-class Option(NamedTuple):
-    name: str
-    default: Any
-    kind: Callable[[Any], Any]
-    help: str
+whole, seconds = within(int, 0), within(float, 0.001)
 
 
-OPTIONS = {option.name: option for option in (
-    Option("host", "127.0.0.1", str, "address to listen on; others than loopback need a key"),
-    Option("port", 8082, whole(0, 65535), "port to listen on; 0 picks a free one"),
-    Option("api_key", "", str, "key that callers must send (Bearer or x-api-key)"),
-    Option("claude", "", str, "claude binary; `echo` is the built-in stand-in (default: search)"),
-    Option("model", "default", str, "model for names that nothing else explains"),
-    Option("models", {}, mapping, "model names to map, as NAME=MODEL,...; NAME may hold *"),
-    Option("max_processes", 8, whole(1), "CLI processes at once, spares included"),
-    Option("warm", 2, whole(0), "spare processes that wait for new conversations"),
-    Option("idle_ttl", 600.0, seconds, "seconds an idle conversation keeps its process"),
-    Option("park_ttl", 900.0, seconds, "seconds a process waits for a client's tool result"),
-    Option("queue_timeout", 30.0, seconds, "seconds a request waits for a free process"),
-    Option("stall_timeout", 120.0, seconds, "seconds without output before a turn fails"),
-    Option("request_timeout", 600.0, seconds, "seconds a whole turn may take"),
-    Option("drain_timeout", 20.0, seconds, "seconds running turns get at shutdown"),
-    Option("heartbeat", 15.0, seconds, "seconds of silence before a stream gets a heartbeat"),
-    Option("retries", 2, whole(0, 10), "retries of the CLI when the API fails"),
-    Option("max_body", 32 * 2**20, size, "largest request body in bytes, such as 32M"),
-    Option("max_connections", 1000, whole(1), "open connections at once"),
-    Option("allow_hosts", [], words, "further Host names to answer to, comma-separated"),
-    Option("allow_origins", [], words, "browser origins that may call, comma-separated"),
-    Option("tls_cert", "", str, "TLS certificate chain (PEM file)"),
-    Option("tls_key", "", str, "TLS private key (PEM file)"),
-    Option("state_dir", "", str, "folder for what is learned (default: the user's state folder)"),
-    Option("quiet", False, flag, "no log line per request"),
-)}
+OPTIONS: Dict[str, Tuple[Any, Callable[[Any], Any], str]] = {       # name -> default, check, help
+    "host": ("127.0.0.1", str, "address to listen on; others than loopback need a key"),
+    "port": (8082, within(int, 0, 65535), "port to listen on; 0 picks a free one"),
+    "api_key": ("", str, "key that callers must send (Bearer or x-api-key)"),
+    "claude": ("", str, "claude binary; `echo` is the built-in stand-in (default: search)"),
+    "model": ("default", str, "model for names that nothing else explains"),
+    "models": ({}, mapping, "model names to map, as NAME=MODEL,...; NAME may hold *"),
+    "max_processes": (8, within(int, 1), "CLI processes at once, spares included"),
+    "warm": (2, whole, "spare processes that wait for new conversations"),
+    "idle_ttl": (600.0, seconds, "seconds an idle conversation keeps its process"),
+    "park_ttl": (900.0, seconds, "seconds a process waits for a client's tool result"),
+    "queue_timeout": (30.0, seconds, "seconds a request waits for a free process"),
+    "stall_timeout": (120.0, seconds, "seconds without output before a turn fails"),
+    "request_timeout": (600.0, seconds, "seconds a whole turn may take"),
+    "drain_timeout": (20.0, seconds, "seconds running turns get at shutdown"),
+    "heartbeat": (15.0, seconds, "seconds of silence before a stream gets a heartbeat"),
+    "retries": (2, within(int, 0, 10), "retries of the CLI when the API fails"),
+    "max_body": (32 * 2**20, size, "largest request body in bytes, such as 32M"),
+    "max_connections": (1000, within(int, 1), "open connections at once"),
+    "allow_hosts": ([], words, "further Host names to answer to, comma-separated"),
+    "allow_origins": ([], words, "browser origins that may call, comma-separated"),
+    "tls_cert": ("", str, "TLS certificate chain (PEM file)"),
+    "tls_key": ("", str, "TLS private key (PEM file)"),
+    "state_dir": ("", str, "folder for what is learned (default: the user's state folder)"),
+    "quiet": (False, flag, "no log line per request"),
+}
 
 
 class Settings:
     """Every option as an attribute:  Settings(port=0, claude="echo").  ConfigError if one is off."""
 
     def __init__(self, **values: Any) -> None:
-        for name in values:
-            if name not in OPTIONS:
-                raise ConfigError(f"unknown setting {name!r}; `ccproxy.py --help` lists them")
-        for option in OPTIONS.values():
+        for name in set(values) - set(OPTIONS):
+            raise ConfigError(f"unknown setting {name!r}; `ccproxy.py --help` lists them")
+        for name, (default, check, _) in OPTIONS.items():
             try:
-                self.__dict__[option.name] = option.kind(values.get(option.name, option.default))
+                setattr(self, name, check(values.get(name, default)))
             except (ValueError, TypeError) as exc:
-                raise ConfigError(f"{option.name}: {exc}") from None
+                raise ConfigError(f"{name}: {exc}") from None
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("tls_cert and tls_key go together")
-
-
-def read_dotenv(path: str) -> Dict[str, str]:
-    """The NAME=VALUE lines of a .env file; {} when there is none."""
-    found = {}
-    with contextlib.suppress(OSError), open(path, encoding="utf-8") as lines:
-        for line in lines:
-            name, eq, value = line.strip().partition("=")
-            if eq:
-                found[name.replace("export ", "", 1).strip()] = value.strip().strip("\"'")
-    return found
 
 
 def read_config(path: str) -> Dict[str, Any]:
@@ -321,13 +292,11 @@ def read_config(path: str) -> Dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         if not path.endswith(".toml"):
-            values = json.loads(text)
-        elif sys.version_info >= (3, 11):
-            import tomllib
-            values = tomllib.loads(text)
-        else:
-            raise ConfigError(f"{path}: TOML needs Python 3.11; use ccproxy.json instead")
-        return dict(values)
+            return dict(json.loads(text))
+        import tomllib
+        return tomllib.loads(text)
+    except ImportError:
+        raise ConfigError(f"{path}: TOML needs Python 3.11; use ccproxy.json instead") from None
     except (OSError, ValueError, TypeError) as exc:
         raise ConfigError(f"{path}: {exc}") from None
 
@@ -335,8 +304,12 @@ def read_config(path: str) -> Dict[str, Any]:
 def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
     """Flags > CCPROXY_* environment > .env > configuration file > default."""
     path = flags.get("config") or next(filter(os.path.exists, ("ccproxy.toml", "ccproxy.json")), "")
-    values = read_config(path) if path else {}
-    for source in (read_dotenv(".env"), environ):
+    values, dotenv = read_config(path) if path else {}, {}
+    with contextlib.suppress(OSError), open(".env", encoding="utf-8") as lines:
+        pairs = [line.strip().partition("=") for line in lines]
+        dotenv = {name.replace("export ", "", 1).strip(): value.strip().strip("\"'")
+                  for name, _, value in pairs}
+    for source in (dotenv, environ):
         values.update({name: source["CCPROXY_" + name.upper()] for name in OPTIONS
                        if source.get("CCPROXY_" + name.upper())})
     values.update({name: flags[name] for name in OPTIONS if flags.get(name) is not None})
@@ -352,10 +325,6 @@ MAX_HEAD = 32 * 1024            # bytes of request line and fields together
 MAX_FIELDS = 100
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-           404: "Not Found", 405: "Method Not Allowed", 413: "Content Too Large",
-           415: "Unsupported Media Type", 429: "Too Many Requests", 500: "Internal Server Error",
-           502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
 
 
 @dataclass
@@ -371,6 +340,33 @@ class Request:
     def keep_alive(self) -> bool:
         said = [w.strip().lower() for w in self.headers.get("connection", "").split(",")]
         return "close" not in said and (self.minor > 0 or "keep-alive" in said)
+
+
+def parse_target(target: str, request: Request) -> str:
+    """The path of a request target; an absolute one's authority replaces Host."""
+    absolute = re.match(r"https?://([^/?#]*)", target, re.I)
+    if absolute:
+        request.headers["host"] = absolute.group(1)
+        target = target[absolute.end():] or "/"
+    elif request.minor > 0 and "host" not in request.headers:
+        raise ApiError("invalid_request", "header fields: Host is missing")
+    if target == "*" and request.method == "OPTIONS":
+        target = "/"
+    if not target.startswith(("/", "?")):
+        raise ApiError("invalid_request", "request line: malformed target")
+    return urllib.parse.unquote(re.split(r"[?#]", target)[0], errors="replace")
+
+
+def parse_length(request: Request) -> Optional[int]:
+    """Body length in bytes, None when chunked.  Two lengths, or an odd one, are refused."""
+    coding, length = request.headers.get("transfer-encoding"), request.headers.get("content-length")
+    if coding is None and re.fullmatch(r"[0-9]{1,18}", length or "0", re.ASCII):
+        return int(length or 0)
+    if coding is None or length is not None:
+        raise ApiError("invalid_request", "Content-Length: expected one number and no other length")
+    if request.minor == 0 or coding.lower() != "chunked":
+        raise ApiError("not_implemented", "Transfer-Encoding: only chunked, in HTTP/1.1")
+    return None
 
 
 def parse_head(head: bytes) -> Request:
@@ -401,33 +397,6 @@ def parse_head(head: bytes) -> Request:
     return request
 
 
-def parse_target(target: str, request: Request) -> str:
-    """The path of a request target; an absolute one's authority replaces Host."""
-    absolute = re.match(r"https?://([^/?#]*)", target, re.I)
-    if absolute:
-        request.headers["host"] = absolute.group(1)
-        target = target[absolute.end():] or "/"
-    elif request.minor > 0 and "host" not in request.headers:
-        raise ApiError("invalid_request", "header fields: Host is missing")
-    if target == "*" and request.method == "OPTIONS":
-        target = "/"
-    if not target.startswith(("/", "?")):
-        raise ApiError("invalid_request", "request line: malformed target")
-    return urllib.parse.unquote(re.split(r"[?#]", target)[0], errors="replace")
-
-
-def parse_length(request: Request) -> Optional[int]:
-    """Body length in bytes, None when chunked.  Two lengths, or an odd one, are refused."""
-    coding, length = request.headers.get("transfer-encoding"), request.headers.get("content-length")
-    if coding is None and re.fullmatch(r"[0-9]{1,18}", length or "0", re.ASCII):
-        return int(length or 0)
-    if coding is None or length is not None:
-        raise ApiError("invalid_request", "Content-Length: expected one number and no other length")
-    if request.minor == 0 or coding.lower() != "chunked":
-        raise ApiError("not_implemented", "Transfer-Encoding: only chunked, in HTTP/1.1")
-    return None
-
-
 def parse_chunk_size(line: bytes) -> int:
     """Bytes of the chunk that follows; extensions are read over (RFC 9112, 7.1)."""
     found = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?\r\n", line)
@@ -438,8 +407,8 @@ def parse_chunk_size(line: bytes) -> int:
 
 def response_head(status: int, headers: Mapping[str, str]) -> bytes:
     """Status line and fields.  Whatever a value holds, it cannot end its line."""
-    lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}"]
-    lines += [f"{name}: {re.sub('[^ -~]', '?', value)}" for name, value in headers.items()]
+    phrase = next((known.phrase for known in HTTPStatus if known == status), "Status")
+    lines = [f"HTTP/1.1 {status} {phrase}"] + [f"{name}: {re.sub('[^ -~]', '?', value)}" for name, value in headers.items()]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
 
 
@@ -473,14 +442,17 @@ def parse_json(body: bytes) -> dict:
 # that a process exists.  An encoder keeps no state: the fold ran first, it looks at the Message.
 # What dialects share is parsed once, as the union of their words: a Chat body may hold Anthropic's
 # blocks and tools (Cursor sends them), and nobody has to be told which words are whose.
-# To add a field: one row in FIELDS.  To add a dialect: x_frames, x_body, x_error, one row in DIALECTS.
+# To add a field: one row in FIELDS.  To add a dialect: x_frames, x_body, x_error, a row in DIALECTS.
 
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 SAMPLING = ("temperature", "top_p", "top_k")
-EFFORTS = {"minimal": "low", **{name: name for name in ("low", "medium", "high", "xhigh", "max")}}
+EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
+           "xhigh": "xhigh", "max": "max"}
+CHOICES = {"auto": "auto", "none": "none", "any": "any", "required": "any"}
 SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "code_interpreter", "tool_search",
                 "file_search", "mcp", "advisor", "image_generation")    # run by the vendor's API
-CHOICES = {"auto": "auto", "none": "none", "any": "any", "required": "any"}
+PASSED_ON = ("thinking", "redacted_thinking", "search_result", "server_tool_use",
+             "web_search_tool_result")      # blocks of the API's own that come back in a history
 NAMES = {str: "a string", list: "an array", dict: "an object", bool: "true or false",
          int: "an integer", float: "a number"}
 
@@ -513,11 +485,9 @@ def ranged(low: float, high: float, *kinds: type) -> Callable[[Any, str], Any]:
 # -- content: every part type of every dialect as an Anthropic block
 
 def check_base64(data: Any, where: str) -> str:
-    try:
+    with contextlib.suppress(ValueError):
         if base64.b64decode(need(data, where, str), validate=True):
             return data
-    except ValueError:
-        pass
     raise refusal(where, "not valid base64")
 
 
@@ -525,53 +495,20 @@ def media_block(url: Any, where: str, kind: str, title: Any = None) -> dict:
     """A data: or http(s) URL as an image or document block; `kind` says what is expected."""
     head, _, data = need(url, where, str).partition(",")
     media = head[5:].split(";")[0].lower().replace("image/jpg", "image/jpeg")
-    named = {"title": need(title, where, str)} if title and kind == "document" else {}
+    named = {"title": str(title)} if title and kind == "document" else {}
     if re.match(r"https?://\S+\Z", url):
         return {"type": kind, "source": {"type": "url", "url": url}, **named}
     if not head.startswith("data:") or not head.endswith(";base64"):
         raise refusal(where, "expected an http(s) URL or data:TYPE;base64,DATA")
     source = {"type": "base64", "media_type": media, "data": check_base64(data, where)}
-    if media in IMAGES:
-        return {"type": "image", "source": source}
-    if kind == "document" and (media.startswith("text/") or media == "application/json"):
+    if kind == "document" and re.match("text/|application/json", media):
         text = base64.b64decode(data).decode("utf-8", "replace")
         source = {"type": "text", "media_type": "text/plain", "data": text}
-    elif kind == "image" or media != "application/pdf":
-        raise refusal(where, f"cannot use {media or 'that type'}; expected one of "
-                      f"{', '.join(IMAGES)}" + ", a PDF or a text" * (kind == "document"))
-    return {"type": kind, "source": source, **named}
-
-
-def text_part(part: dict, where: str) -> dict:
-    name = "refusal" if part["type"] == "refusal" else "text"
-    return {"type": "text", "text": need(part.get(name), f"{where}.{name}", str)}
-
-
-def image_part(part: dict, where: str) -> dict:
-    value = part.get("image_url")
-    return media_block(value.get("url") if isinstance(value, dict) else value,
-                       where + ".image_url", "image")
-
-
-def file_part(part: dict, where: str) -> dict:
-    file = need(part.get("file", part), where + ".file", dict)
-    if file.get("file_data") is None and file.get("file_url") is None:
-        raise refusal(where + ".file_data", "missing; stored files (file_id) are not kept here")
-    return media_block(file.get("file_data") or file["file_url"], where + ".file_data", "document",
-                       file.get("filename"))
-
-
-def source_part(part: dict, where: str) -> dict:
-    """An Anthropic image or document, its source checked."""
-    source = need(part.get("source"), where + ".source", dict)
-    kind = one_of(source.get("type"), where + ".source.type", ("base64", "url", "text", "content"))
-    if kind == "base64":
-        check_base64(source.get("data"), where + ".source.data")
-        one_of(source.get("media_type"), where + ".source.media_type",
-               IMAGES if part["type"] == "image" else ("application/pdf",))
-    elif kind == "url" and not re.match(r"https?://\S+\Z", str(source.get("url"))):
-        raise refusal(where + ".source.url", "expected an http(s) URL")
-    return {**part}
+    elif media not in (*IMAGES, "application/pdf") or (kind == "image" and media not in IMAGES):
+        raise refusal(where, f"cannot use {media or 'that'}; expected {', '.join(IMAGES)}"
+                      + " or a PDF or text" * (kind == "document"))
+    return {"type": "image", "source": source} if media in IMAGES else {
+        "type": kind, "source": source, **named}
 
 
 def clean_id(value: Any, where: str) -> str:
@@ -581,72 +518,53 @@ def clean_id(value: Any, where: str) -> str:
     return "toolu_" + hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()[:24]
 
 
-def call_part(part: dict, where: str) -> dict:
-    return {"type": "tool_use", "id": clean_id(part.get("id"), where + ".id"),
-            "name": need(part.get("name"), where + ".name", str),
-            "input": need(part.get("input", {}), where + ".input", dict)}
-
-
-def result_part(part: dict, where: str) -> dict:
-    block = {"type": "tool_result", "content": parse_parts(part.get("content"), where + ".content"),
-             "tool_use_id": clean_id(part.get("tool_use_id"), where + ".tool_use_id")}
-    return {**block, "is_error": True} if part.get("is_error") is True else block
-
-
-PARTS: Dict[str, Callable[[dict, str], dict]] = {
-    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), text_part),
-    **dict.fromkeys(("image_url", "input_image"), image_part),
-    **dict.fromkeys(("file", "input_file"), file_part),
-    **dict.fromkeys(("image", "document"), source_part),
-    "tool_use": call_part, "tool_result": result_part,
-    **dict.fromkeys(("thinking", "redacted_thinking", "search_result", "server_tool_use",
-                     "web_search_tool_result"), lambda part, where: {**part})}
+def parse_part(part: dict, where: str) -> dict:
+    """One content part of any dialect as an Anthropic block."""
+    kind = need(part.get("type"), where + ".type", str)
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        name = "refusal" if kind == "refusal" else "text"
+        return {"type": "text", "text": need(part.get(name), f"{where}.{name}", str)}
+    if kind in ("image_url", "input_image"):
+        value = part.get("image_url")
+        return media_block(value.get("url") if isinstance(value, dict) else value,
+                           where + ".image_url", "image")
+    if kind in ("file", "input_file"):
+        file = need(part.get("file", part), where + ".file", dict)
+        return media_block(file.get("file_data") or file.get("file_url"), where + ".file_data",
+                           "document", file.get("filename"))
+    if kind in ("image", "document"):
+        source, where = need(part.get("source"), where + ".source", dict), where + ".source"
+        if one_of(source.get("type"), where + ".type", ("base64", "url", "text", "content")) == "url":
+            media_block(source.get("url"), where + ".url", kind)
+        elif source["type"] == "base64":
+            check_base64(source.get("data"), where + ".data")
+            one_of(source.get("media_type"), where + ".media_type",
+                   IMAGES if kind == "image" else ("application/pdf",))
+    elif kind == "tool_use":
+        return {"type": kind, "id": clean_id(part.get("id"), where + ".id"),
+                "name": need(part.get("name"), where + ".name", str),
+                "input": need(part.get("input", {}), where + ".input", dict)}
+    elif kind == "tool_result":
+        return {"type": kind, "content": parse_parts(part.get("content"), where + ".content"),
+                "tool_use_id": clean_id(part.get("tool_use_id"), where + ".tool_use_id"),
+                **({"is_error": True} if part.get("is_error") is True else {})}
+    elif kind not in PASSED_ON:
+        raise refusal(where + ".type", f"content of type {kind[:40]!r} cannot be used here")
+    return {name: value for name, value in part.items() if name != "cache_control"}
 
 
 def parse_parts(content: Any, where: str) -> List[dict]:
     """String, null or array of parts as Anthropic blocks."""
     if content is None or isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
-    blocks = []
-    for at, part in enumerate(need(content, where, str, list)):
-        spot = f"{where}[{at}]"
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = need(need(part, spot, dict).get("type"), spot + ".type", str)
-        if kind not in PARTS:
-            raise refusal(spot + ".type", f"content of type {kind[:40]!r} cannot be used here")
-        block = PARTS[kind](part, spot)
-        block.pop("cache_control", None)    # the CLI sets its own marks; more than four are refused
-        blocks.append(block)
-    return blocks
+    return [{"type": "text", "text": part} if isinstance(part, str) else parse_part(
+        need(part, f"{where}[{at}]", dict), f"{where}[{at}]")
+        for at, part in enumerate(need(content, where, str, list))]
 
 
-def parse_history(items: Any) -> Tuple[str, Tuple[dict, ...]]:
-    """Messages of any dialect as (system text, Anthropic messages); system text may stand anywhere."""
-    system: List[str] = []
-    turns: List[Tuple[str, List[dict], str]] = []
-    called: Dict[str, str] = {}             # function name -> id of its last old-style call
-    for at, item in enumerate(need(items, "messages", list)):
-        where = f"messages[{at}]"
-        role = one_of(need(item, where, dict).get("role"), where + ".role", (
-            "user", "assistant", "system", "developer", "tool", "function"))
-        if role in ("tool", "function"):
-            call = called.get(str(item.get("name"))) if role == "function" else item.get(
-                "tool_call_id")
-            if call is None:
-                raise refusal(where + ".tool_call_id", "missing, or no call came before it")
-            turns.append(("user", [result_part({**item, "tool_use_id": call}, where)], where))
-            continue
-        blocks = parse_parts(item.get("content"), where + ".content")
-        if role in ("system", "developer"):
-            system.append(join_text(blocks, where + ".content"))
-        elif role == "user":
-            turns.append(("user", blocks, where))
-        else:
-            turns.append((role, blocks + parse_calls(item, where, called), where))
-    return "\n\n".join(filter(None, system)), finish_history(turns)
-
-
-def join_text(blocks: List[dict], where: str) -> str:
+def parse_text(content: Any, where: str) -> str:
+    """A system text, given as a string or in parts."""
+    blocks = parse_parts(content, where)
     if any(block["type"] != "text" for block in blocks):
         raise refusal(where, "expected text parts only")
     return "\n\n".join(block["text"] for block in blocks)
@@ -660,14 +578,35 @@ def parse_calls(item: dict, where: str, called: Dict[str, str]) -> List[dict]:
         called[str(old.get("name"))] = f"call_{where}"
         calls.append({"id": f"call_{where}", "function": old})
     blocks = []
-    for n, call in enumerate(calls):
-        spot = f"{where}.tool_calls[{n}]"
+    for spot, call in ((f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)):
         function = need(need(call, spot, dict).get("function"), spot + ".function", dict)
-        arguments = function.get("arguments") or {}
-        blocks.append(call_part({
-            "id": call.get("id"), "name": function.get("name"), "input": parse_input(
-                arguments.strip()) if isinstance(arguments, str) else arguments}, spot))
+        said = function.get("arguments") or {}
+        said = parse_input(said.strip()) if isinstance(said, str) else said
+        blocks.append(parse_part({"type": "tool_use", "id": call.get("id"), "input": said,
+                                  "name": function.get("name")}, spot))
     return blocks
+
+
+def parse_history(items: Any) -> Tuple[str, Tuple[dict, ...]]:
+    """Messages of any dialect as (system text, Anthropic messages); system text may stand anywhere."""
+    system, turns, called = [], [], {}      # called: function name -> id of its last old-style call
+    for at, item in enumerate(need(items, "messages", list)):
+        where = f"messages[{at}]"
+        role = one_of(need(item, where, dict).get("role"), where + ".role", (
+            "user", "assistant", "system", "developer", "tool", "function"))
+        if role in ("tool", "function"):
+            call = called.get(str(item.get("name"))) if role == "function" else item.get(
+                "tool_call_id")
+            if call is None:
+                raise refusal(where + ".tool_call_id", "missing, or no call came before it")
+            result = {**item, "type": "tool_result", "tool_use_id": call}
+            turns.append(("user", [parse_part(result, where)], where))
+        elif role in ("system", "developer"):
+            system.append(parse_text(item.get("content"), where + ".content"))
+        else:
+            calls = parse_calls(item, where, called) if role == "assistant" else []
+            turns.append((role, parse_parts(item.get("content"), where + ".content") + calls, where))
+    return "\n\n".join(filter(None, system)), finish_history(turns)
 
 
 def finish_history(turns: List[Tuple[str, List[dict], str]]) -> Tuple[dict, ...]:
@@ -682,28 +621,26 @@ def finish_history(turns: List[Tuple[str, List[dict], str]]) -> Tuple[dict, ...]
             if not merged and role == "assistant":      # front ends that open with a greeting
                 merged.append(("user", [{"type": "text", "text": "(start)"}], where))
             merged.append((role, blocks, where))
-    calls: List[str] = []
-    known: Set[str] = set()
+    calls, known = [], set()
     for role, blocks, where in merged:
         results = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
-        missing = sorted(set(calls) - set(results)) if role == "user" else []
+        missing, extra = sorted(set(calls) - set(results)), sorted(set(results) - set(calls))
         if not blocks:
             raise refusal(where, "content is empty")
         if missing:
             raise refusal(where, f"tool call {missing[0]} has no result in the message after it")
-        if len(results) > len(set(results)) or not set(results) <= set(calls):
-            raise refusal(where, f"tool result for {(set(results) - set(calls) or {results[0]}).pop()}"
-                          " answers no tool call of the message before, or answers it twice")
+        if extra or len(results) > len(set(results)):
+            raise refusal(where, f"tool result for {(extra or results)[0]} answers no tool call of "
+                          "the message before, or answers it twice")
         blocks.sort(key=lambda b: b["type"] != "tool_result")
         calls = [b["id"] for b in blocks if b["type"] == "tool_use"]
         if len(set(calls)) < len(calls) or known & set(calls) or (calls and role == "user"):
             raise refusal(where, "tool calls need unique ids, in an assistant's message")
         known.update(calls)
-    if not merged:
-        raise refusal("messages", "at least one user message is needed")
-    if merged[-1][0] == "assistant":
-        raise refusal(merged[-1][2], "the last message is the assistant's; the models take no "
-                      "prefill, so end with a user message or tool results")
+    if not merged or merged[-1][0] == "assistant":
+        where = merged[-1][2] if merged else "messages"
+        raise refusal(where, "the last message has to be the user's, or a tool result: the models "
+                      "take no prefill")
     return tuple({"role": role, "content": blocks} for role, blocks, _ in merged)
 
 
@@ -713,40 +650,34 @@ def parse_tool(tool: dict, where: str) -> dict:
     """A function tool of any dialect (nested, flat, Anthropic's) as an Anthropic tool."""
     if isinstance(tool.get("function"), dict):
         tool, where = tool["function"], where + ".function"
-    name = need(tool.get("name"), where + ".name", str)
-    if not name:
+    if not need(tool.get("name"), where + ".name", str):
         raise refusal(where + ".name", "empty")
-    known = {"name": name}
-    if tool.get("type") not in (None, "custom", "function"):
-        known = {**tool}                    # a typed tool of the client: bash_*, text_editor_*
-        known.pop("cache_control", None)
-        return known
-    if tool.get("description") is not None:
-        known["description"] = need(tool["description"], where + ".description", str)
+    if tool.get("type") not in (None, "custom", "function"):    # the client's: bash_*, text_editor_*
+        return {k: v for k, v in tool.items() if k != "cache_control"}
     slot = "input_schema" if "input_schema" in tool else "parameters"
     schema = need(tool.get(slot) or {}, f"{where}.{slot}", dict)
-    if tool.get("strict") is True:
-        known["strict"] = True
-    return {**known, "input_schema": {"type": "object", **({} if "type" in schema else
-                                                           {"properties": {}}), **schema}}
+    known = {"name": tool["name"], "input_schema": {
+        "type": "object", **({} if "type" in schema else {"properties": {}}), **schema}}
+    if tool.get("description") is not None:
+        known["description"] = need(tool["description"], where + ".description", str)
+    return {**known, "strict": True} if tool.get("strict") is True else known
 
 
 def parse_tools(body: dict, ignored: Set[str]) -> List[dict]:
     """`tools` and old-style `functions`; what only the vendor could run is left out and reported."""
-    tools = []
+    tools: List[dict] = []
     for slot in ("tools", "functions"):
         for at, tool in enumerate(need(body.get(slot) or [], slot, list)):
-            where = f"{slot}[{at}]"
-            kind = str(need(tool, where, dict).get("type") or "custom")
-            if kind.startswith(SERVER_TOOLS) or (kind == "custom" and slot == "tools" and not (
-                    "input_schema" in tool or "parameters" in tool or "name" in tool)):
-                ignored.add(f"{where}.{kind[:40]}")
+            kind = str(need(tool, f"{slot}[{at}]", dict).get("type") or "function")
+            if kind.startswith(SERVER_TOOLS) or (kind == "custom" and "input_schema" not in tool):
+                ignored.add(f"{slot}[{at}].{kind[:40]}")
             else:
-                tools.append(parse_tool(tool, where))
-    names = [tool["name"] for tool in tools]
-    twice = sorted(set(n for n in names if names.count(n) > 1)) if len(set(names)) < len(names) else 0
-    if twice:
-        raise refusal("tools", f"the name {twice[0]!r} is there twice")
+                tools.append(parse_tool(tool, f"{slot}[{at}]"))
+    names: Set[str] = set()
+    for tool in tools:
+        if tool["name"] in names:
+            raise refusal("tools", f"the name {tool['name'][:64]!r} is there twice")
+        names.add(tool["name"])
     return tools
 
 
@@ -754,26 +685,24 @@ def parse_choice(value: Any, where: str) -> dict:
     """tool_choice in any form ("required", {"type": "function", ...}, Anthropic's) as Anthropic's."""
     if isinstance(value, str):
         return {"type": CHOICES[one_of(value, where, CHOICES)]}
-    kind = need(value, where, str, dict).get("type", "function")
+    kind = one_of(need(value, where, str, dict).get("type", "function"), where + ".type",
+                  (*CHOICES, "tool", "function"))
     single = {"disable_parallel_tool_use": True} if value.get("disable_parallel_tool_use") else {}
     if kind in CHOICES:
         return {"type": CHOICES[kind], **single}
-    one_of(kind, where + ".type", (*CHOICES, "tool", "function"))
     function = value["function"] if isinstance(value.get("function"), dict) else value
     return {"type": "tool", "name": need(function.get("name"), where + ".name", str), **single}
 
 
-def finish_choice(choice: Optional[dict], tools: List[dict], parallel: Any) -> Optional[dict]:
-    """The choice, fitted to the tools that there are."""
-    if choice and choice["type"] in ("any", "tool") and not tools:
-        raise refusal("tool_choice", "forces a tool, but there is none that can be served")
-    if choice and choice["type"] == "tool" and choice["name"] not in [t["name"] for t in tools]:
-        raise refusal("tool_choice", f"no tool is named {choice['name'][:64]!r}")
-    if not tools:
-        return None
-    if parallel is False and (choice or {}).get("type") != "none":
-        return {**(choice or {"type": "auto"}), "disable_parallel_tool_use": True}
-    return choice
+def finish_choice(choice: Optional[dict], tools: List[dict], parallel: Any) -> Dict[str, dict]:
+    """The choice, fitted to the tools that there are, as fields."""
+    forced = choice is not None and choice["type"] in ("any", "tool")
+    if forced and (not tools or choice.get("name", tools[0]["name"]) not in [
+            tool["name"] for tool in tools]):
+        raise refusal("tool_choice", "forces a tool that is not there, or cannot be served")
+    if tools and parallel is False and (choice or {}).get("type") != "none":
+        choice = {**(choice or {"type": "auto"}), "disable_parallel_tool_use": True}
+    return {"tool_choice": choice} if choice and tools else {}
 
 
 def parse_stop(value: Any, where: str) -> List[str]:
@@ -791,10 +720,9 @@ def parse_thinking(value: Any, where: str) -> dict:
 
 
 def parse_effort(value: Any, where: str) -> Optional[str]:
-    """"minimal" -> "low",  "high" -> "high",  "none" -> "none": without thinking."""
+    """"minimal" -> "low",  {"effort": "high"} -> "high",  "none" -> "none": without thinking."""
     value = value.get("effort") if isinstance(value, dict) else value
-    return None if value is None else {**EFFORTS, "none": "none"}[
-        one_of(value, where, (*EFFORTS, "none"))]
+    return None if value is None else EFFORTS[one_of(value, where, EFFORTS)]
 
 
 def parse_format(value: Any, where: str) -> Optional[dict]:
@@ -828,6 +756,30 @@ STRUCTURE = {"model", "messages", "system", "tools", "functions", "parallel_tool
              "stream_options", "n", "output_config", "thread"}     # read by parse_body itself
 
 
+def parse_fields(body: dict, ignored: Set[str]) -> Tuple[Dict[str, Any], Dict[str, str]]:
+    """What FIELDS knows of a body as (our fields, their names in the body); the rest is reported."""
+    fields, said = {}, {}
+    output = need(body.get("output_config") or {}, "output_config", dict)
+    for name, value in {**body, **{f"output_config.{k}": v for k, v in output.items()}}.items():
+        if value is None or name in STRUCTURE:
+            continue
+        ours, check = FIELDS.get(name, ("", None))
+        checked = check(value, name) if check else None
+        if checked not in (None, []):
+            fields[ours], said[ours] = checked, name
+        elif not ours or checked == []:
+            ignored.add(name)
+    if fields.get("temperature", 0) > 1:    # Anthropic's scale ends at 1
+        fields["temperature"] = 1
+        ignored.add("temperature")
+    if fields.get("thinking", {}).get("budget_tokens", 0) >= fields.get("max_tokens", math.inf):
+        raise refusal("thinking.budget_tokens", "expected less than max_tokens")
+    if fields.get("effort") == "none":
+        fields["thinking"], said["thinking"] = {"type": "disabled"}, said["effort"]
+        del fields["effort"]
+    return fields, said
+
+
 def parse_body(body: dict) -> Turn:
     """A request body of Chat Completions or Messages as a Turn."""
     if body.get("thread") is not None:      # anthropic-python's tool_runner falls back on this code
@@ -835,64 +787,32 @@ def parse_body(body: dict) -> Turn:
                        details={"error_code": "thread_unsupported_request"})
     if ranged(1, 128, int)(body.get("n") or 1, "n") > 1:
         raise refusal("n", "one choice a request; send n requests instead")
-    output = need(body.get("output_config") or {}, "output_config", dict)
-    given = {**{k: v for k, v in body.items() if k not in STRUCTURE},
-             **{f"output_config.{k}": v for k, v in output.items()}}
-    model = need(body.get("model"), "model", str)
-    ignored, fields, said = cache_marks(body), {}, {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name not in FIELDS:
-            ignored.add(name)
-            continue
-        ours, check = FIELDS[name]
-        fields[ours] = check(value, name)
-        said[ours] = name
-        if fields[ours] in ([], None):
-            del fields[ours]
-            ignored |= {name} if ours == "stop_sequences" else set()
-    if fields.get("temperature", 0) > 1:    # Anthropic's scale ends at 1
-        fields["temperature"] = 1
-        ignored.add("temperature")
-    budget = fields.get("thinking", {}).get("budget_tokens", 0)
-    if budget >= fields.get("max_tokens", math.inf):
-        raise refusal("thinking.budget_tokens", "expected less than max_tokens")
-    if fields.get("effort") == "none":
-        said["thinking"] = said["effort"]
-        fields.update(thinking={"type": "disabled"}, effort=None)
-    tools = parse_tools(body, ignored)
-    choice = finish_choice(fields.pop("tool_choice", None), tools, body.get("parallel_tool_calls"))
-    top = join_text(parse_parts(body.get("system"), "system"), "system")
+    model, ignored = need(body.get("model"), "model", str), set()
+    fields, said = parse_fields(body, ignored)
+    top = parse_text(body.get("system"), "system")
     system, messages = parse_history(body.get("messages"))
+    marked = [body.get("system"), body.get("tools"), *(m.get("content") for m in body["messages"])]
+    if any("cache_control" in item for items in marked if isinstance(items, list)
+           for item in items if isinstance(item, dict)):
+        ignored.add("cache_control")        # the CLI caches by itself
+    tools = parse_tools(body, ignored)
+    fields.update(finish_choice(fields.pop("tool_choice", None), tools,
+                                body.get("parallel_tool_calls")))
     options = need(body.get("stream_options") or {}, "stream_options", dict)
     wants = {"usage": options.get("include_usage"), "functions": body.get("functions")}
-    return Turn(
-        model=model, messages=messages, system="\n\n".join(filter(None, (top, system))),
-        tools=tuple(tools), effort=fields.pop("effort", None), schema=fields.pop("schema", None),
-        stream=fields.pop("stream", False), said=said, ignored=tuple(sorted(ignored)),
-        fields={**fields, **({"tool_choice": choice} if choice else {})},
-        wants=frozenset(wish for wish, value in wants.items() if value))
-
-
-def cache_marks(body: dict) -> Set[str]:
-    """{"cache_control"} if the caller marks what to cache: the CLI does so by itself."""
-    lists = [body.get("system"), body.get("tools")]
-    if isinstance(body.get("messages"), list):
-        lists += [m.get("content") for m in body["messages"] if isinstance(m, dict)]
-    return {"cache_control" for items in lists if isinstance(items, list) for item in items
-            if isinstance(item, dict) and "cache_control" in item}
+    return Turn(model, messages, "\n\n".join(filter(None, (top, system))), tuple(tools), fields,
+                fields.pop("schema", None), fields.pop("stream", False), said,
+                tuple(sorted(ignored)), frozenset(wish for wish in wants if wants[wish]))
 
 
 # -- Messages: https://docs.anthropic.com/en/api/messages
 
 def messages_frames(message: Message, event: dict) -> List[bytes]:
     """The event as it is, but for the model's name; a failure first closes the open block."""
-    kind = event["type"]
-    if kind == "message_start":
+    if event["type"] == "message_start":
         event = {**event, "message": {**event["message"], "model": message.model}}
-    frames = [sse_frame(event, kind)]
-    if kind == "error" and message.parts is not None:
+    frames = [sse_frame(event, event["type"])]
+    if event["type"] == "error" and message.parts is not None:
         stop = {"type": "content_block_stop", "index": len(message.content) - 1}
         frames.insert(0, sse_frame(stop, "content_block_stop"))
     return frames
@@ -901,9 +821,8 @@ def messages_frames(message: Message, event: dict) -> List[bytes]:
 def messages_body(message: Message) -> dict:
     content = [{**block, "input": {}} if isinstance(block.get("input"), str) else block
                for block in message.content]
-    return {"id": message.id, "type": "message", "role": "assistant", "model": message.model,
-            "content": content, "stop_reason": message.stop_reason,
-            "stop_sequence": message.stop_sequence, "usage": message.usage}
+    return {**message.start, "model": message.model, "content": content, "usage": message.usage,
+            "stop_reason": message.stop_reason, "stop_sequence": message.stop_sequence}
 
 
 def messages_error(error: ApiError) -> dict:
@@ -929,71 +848,67 @@ def chat_chunk(message: Message, delta: dict, finish: Optional[str] = None) -> L
     return [sse_frame(chat_object(message, "chat.completion.chunk", [choice], **more))]
 
 
-def chat_call(message: Message, function: dict, **more: Any) -> dict:
-    """The delta for (a piece of) the tool call that is being written."""
+def chat_call(message: Message, function: dict, **more: Any) -> List[bytes]:
+    """A chunk with (a piece of) the tool call that is being written."""
     if "functions" in message.wants:
-        return {"function_call": function}
-    return {"tool_calls": [{"index": message.calls - 1, **more, "function": function}]}
-
-
-def chat_frames(message: Message, event: dict) -> List[bytes]:
-    """What a Chat client is told about `event`; `message` already contains it."""
-    kind = event["type"]
-    if kind == "content_block_delta":
-        delta = event["delta"]
-        if delta.get("type") == "text_delta":
-            return chat_chunk(message, {"content": delta["text"]})
-        if delta.get("type") == "thinking_delta":
-            return chat_chunk(message, {"reasoning_content": delta["thinking"]})
-        if delta.get("partial_json"):
-            return chat_chunk(message, chat_call(message, {"arguments": delta["partial_json"]}))
-    elif kind in ("message_start", "ping"):     # the first of them names the role
-        return chat_chunk(message, {"role": "assistant", "content": ""}
-                          if message.openings == 1 else {})
-    elif kind == "content_block_start" and event["content_block"].get("type") == "tool_use":
-        block = event["content_block"]
-        return chat_chunk(message, chat_call(message, {"name": block["name"], "arguments": ""},
-                                             id=block["id"], type="function"))
-    elif kind == "content_block_stop" and message.content[-1].get("input") == {}:
-        return chat_chunk(message, chat_call(message, {"arguments": "{}"}))     # "" is no JSON
-    elif kind == "message_delta":
-        return chat_chunk(message, {}, chat_finish(message))
-    elif kind == "message_stop":
-        usage = [sse_frame(chat_object(message, "chat.completion.chunk", [],
-                                       usage=chat_usage(message)))]
-        return usage * ("usage" in message.wants) + [sse_frame(b"[DONE]")]
-    elif kind == "error":
-        return [sse_frame({"error": event["error"]}), sse_frame(b"[DONE]")]
-    return []
+        return chat_chunk(message, {"function_call": function})
+    call = {"index": message.calls - 1, **more, "function": function}
+    return chat_chunk(message, {"tool_calls": [call]})
 
 
 def chat_finish(message: Message) -> str:
-    if message.stop_reason == "tool_use" and "functions" in message.wants:
-        return "function_call"
-    return CHAT_FINISH.get(message.stop_reason or "", "stop")
+    old = message.stop_reason == "tool_use" and "functions" in message.wants
+    return "function_call" if old else CHAT_FINISH.get(message.stop_reason or "", "stop")
 
 
 def chat_usage(message: Message) -> dict:
-    sent, cached, made = count_tokens(message.usage)
+    sent, cached, made = message.tokens()
     thought = (message.usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return {"prompt_tokens": sent, "completion_tokens": made, "total_tokens": sent + made,
             "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {"reasoning_tokens": thought}}
 
 
+def chat_frames(message: Message, event: dict) -> List[bytes]:
+    """What a Chat client is told about `event`; `message` already contains it."""
+    kind, delta = event["type"], event.get("delta") or {}
+    if kind == "content_block_delta" and delta.get("type") == "text_delta":
+        return chat_chunk(message, {"content": delta["text"]})
+    if kind == "content_block_delta" and delta.get("type") == "thinking_delta":
+        return chat_chunk(message, {"reasoning_content": delta["thinking"]})
+    if kind == "content_block_delta" and delta.get("partial_json"):
+        return chat_call(message, {"arguments": delta["partial_json"]})
+    if kind in ("message_start", "ping"):       # the first of them names the role
+        first = message.openings == 1
+        return chat_chunk(message, {"role": "assistant", "content": ""} if first else {})
+    if kind == "content_block_start" and event["content_block"].get("type") == "tool_use":
+        block = event["content_block"]
+        return chat_call(message, {"name": block["name"], "arguments": ""}, id=block["id"],
+                         type="function")
+    if kind == "content_block_stop" and message.content[-1].get("input") == {}:
+        return chat_call(message, {"arguments": "{}"})      # no piece has come, and "" is no JSON
+    if kind == "message_delta":
+        return chat_chunk(message, {}, chat_finish(message))
+    if kind == "message_stop":
+        usage = [sse_frame(chat_object(message, "chat.completion.chunk", [],
+                                       usage=chat_usage(message)))]
+        return usage * ("usage" in message.wants) + [sse_frame(b"[DONE]")]
+    if kind == "error":
+        return [sse_frame({"error": event["error"]}), sse_frame(b"[DONE]")]
+    return []
+
+
 def chat_body(message: Message) -> dict:
     calls = [{"id": block["id"], "type": "function", "function": {
         "name": block["name"], "arguments": block["input"] if isinstance(block["input"], str)
         else json.dumps(block["input"])}} for block in message.content if block["type"] == "tool_use"]
-    text = message.said("text")
-    answer: Dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""),
-                              "refusal": None}
+    answer: Dict[str, Any] = {"role": "assistant", "refusal": None,
+                              "content": message.said("text") or (None if calls else "")}
     if message.said("thinking"):
         answer["reasoning_content"] = message.said("thinking")
-    if calls and "functions" in message.wants:
-        answer["function_call"] = calls[0]["function"]
-    elif calls:
-        answer["tool_calls"] = calls
+    if calls:
+        answer.update({"function_call": calls[0]["function"]} if "functions" in message.wants
+                      else {"tool_calls": calls})
     choice = {"index": 0, "message": answer, "logprobs": None, "finish_reason": chat_finish(message)}
     return chat_object(message, "chat.completion", [choice], usage=chat_usage(message))
 
@@ -1046,21 +961,20 @@ SCHEMA_DATA = ("enum", "const", "default", "required", "dependentRequired", "dep
 
 def claude_argv(command: List[str], model: str) -> List[str]:
     """The command line of a chat process; everything else is said over stdin."""
-    return [*command, "-p", "--input-format", "stream-json", "--output-format", "stream-json",
-            "--verbose", "--include-partial-messages", "--permission-prompt-tool", "stdio",
-            "--strict-mcp-config", "--tools", "", "--setting-sources", "",
-            "--disable-slash-commands", "--no-session-persistence",
-            *([f"--model={model}"] if model != "default" else [])]
+    fixed = ("-p --input-format stream-json --output-format stream-json --verbose "
+             "--include-partial-messages --permission-prompt-tool stdio --strict-mcp-config "
+             "--disable-slash-commands --no-session-persistence --tools= --setting-sources=")
+    return [*command, *fixed.split(), *([f"--model={model}"] if model != "default" else [])]
 
 
 def claude_env(environ: Mapping[str, str], retries: int, patience_s: float) -> Dict[str, str]:
     """The inherited environment without an outer session's, plus what makes the CLI an API."""
-    patience = dict.fromkeys(("MCP_TOOL_TIMEOUT", "CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT"),
-                             str(int(patience_s * 1000)))
     switches = dict.fromkeys((
         "CLAUDE_AGENT_SDK_MCP_NO_PREFIX", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
         "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK", "CLAUDE_CODE_DISABLE_FILE_MENTIONS",
         "CLAUDE_CODE_DISABLE_ATTACHMENTS", "DISABLE_AUTOUPDATER"), "1")
+    patience = dict.fromkeys(("MCP_TOOL_TIMEOUT", "CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT"),
+                             str(int(patience_s * 1000)))
     return {**{name: value for name, value in environ.items() if not OUTER_ENV.match(name)},
             **patience, **switches, "ENABLE_TOOL_SEARCH": "false",
             "CLAUDE_CODE_MAX_RETRIES": str(retries)}
@@ -1116,8 +1030,8 @@ def features(turn: Turn) -> Dict[str, str]:
         found["thinking"] = "thinking." + turn.fields["thinking"]["type"]
     if (turn.fields.get("tool_choice") or {}).get("type") in ("any", "tool"):
         found["tool_choice"] = "tool_choice"
-    if turn.effort:
-        found["effort"] = "effort." + turn.effort
+    if turn.fields.get("effort"):
+        found["effort"] = "effort." + turn.fields["effort"]
     if any(b["type"] in THOUGHTS for m in turn.messages for b in m["content"]):
         found["thinking_blocks"] = "thinking_blocks"
     return found
@@ -1125,8 +1039,6 @@ def features(turn: Turn) -> Dict[str, str]:
 
 def without(turn: Turn, name: str) -> Turn:
     """The turn without one of its features; of a forced choice remains what was not forced."""
-    if name == "effort":
-        return replace(turn, effort=None)
     if name == "thinking_blocks":
         messages = [{**m, "content": [b for b in m["content"] if b["type"] not in THOUGHTS]}
                     for m in turn.messages]
@@ -1157,21 +1069,21 @@ def with_thinking(turn: Turn, refused: Callable[[str], bool]) -> Turn:
     fields = turn.fields
     wanted = any(name in fields for name in SAMPLING) or "tool_choice" in features(turn) or \
         fields.get("max_tokens", SMALL_OUTPUT) < SMALL_OUTPUT
-    if not wanted or "thinking" in fields or turn.effort or refused("thinking.disabled"):
+    if not wanted or "thinking" in fields or "effort" in fields or refused("thinking.disabled"):
         return turn
     return replace(turn, fields={**fields, "thinking": {"type": "disabled"}})
 
 
 def initialize_request(turn: Turn) -> dict:
     """The first control request: what the process will be.  It cannot be changed later."""
-    return {"subtype": "initialize", "hooks": None, "systemPrompt": [turn.system],
-            **({"sdkMcpServers": [SERVER]} if turn.tools else {}),
-            **({"jsonSchema": wire_schema(turn.schema)} if turn.schema is not None else {})}
+    schema = {} if turn.schema is None else {"jsonSchema": wire_schema(turn.schema)}
+    return {"subtype": "initialize", "hooks": None, "systemPrompt": [turn.system], **schema,
+            **({"sdkMcpServers": [SERVER]} if turn.tools else {})}
 
 
 def settings_request(turn: Turn, model: Optional[str]) -> dict:
     """The control request that sets what may change from turn to turn; `model` if it has to."""
-    body = dict(turn.fields)
+    body = {name: value for name, value in turn.fields.items() if name != "effort"}
     env = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(body.get("max_tokens") or ""),
            "CLAUDE_CODE_DISABLE_THINKING": ""}
     if (body.get("thinking") or {}).get("type") == "disabled":
@@ -1191,7 +1103,7 @@ def settings_request(turn: Turn, model: Optional[str]) -> dict:
         body["tool_choice"] = {**body["tool_choice"], "name": wire_name(body["tool_choice"]["name"])}
     env["CLAUDE_CODE_EXTRA_BODY"] = json.dumps(body)
     return {"subtype": "apply_flag_settings", "settings": {
-        "effortLevel": turn.effort, "env": env, **({"model": model} if model else {}),
+        "effortLevel": turn.fields.get("effort"), "env": env, **({"model": model} if model else {}),
         **({"permissions": {"allow": [f"mcp__{SERVER}__*"]}} if turn.tools else {})}}
 
 
@@ -1218,28 +1130,22 @@ def assistant_line(message: dict, uid: str, model: str) -> dict:
                         "usage": {"input_tokens": 0, "output_tokens": 0}}}
 
 
-def mcp_result(message: dict, tools: List[dict]) -> dict:
-    """The result of an MCP method, but for tools/call."""
-    if message.get("method") == "initialize":
-        return {"protocolVersion": (message.get("params") or {}).get("protocolVersion"),
-                "capabilities": {"tools": {}}, "serverInfo": {"name": SERVER, "version": "1"}}
-    if message.get("method") == "tools/list":
-        return {"tools": [{"name": tool["name"], "description": tool.get("description") or "",
-                           "inputSchema": tool.get("input_schema") or {"type": "object"}}
-                          for tool in tools]}
-    return {}
-
-
-def mcp_response(message: dict, result: dict) -> dict:
-    return {"mcp_response": {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}}
-
-
-def call_result(block: dict) -> dict:
-    """The result of tools/call from the client's tool_result block."""
-    content = [{"type": "image", "data": part["source"]["data"],
-                "mimeType": part["source"]["media_type"]} if part["type"] == "image" else
-               {"type": "text", "text": part["text"]} for part in block["content"]]
-    return {"content": content, **({"isError": True} if block.get("is_error") else {})}
+def mcp_answer(message: dict, tools: List[dict], result: Optional[dict] = None) -> dict:
+    """JSON-RPC answer to an MCP message; `result` is the client's tool_result for tools/call."""
+    answer: dict = {}
+    if result is not None:
+        content = [{"type": "image", "data": part["source"]["data"], "mimeType":
+                    part["source"]["media_type"]} if part["type"] == "image" else
+                   {"type": "text", "text": part["text"]} for part in result["content"]]
+        answer = {"content": content, **({"isError": True} if result.get("is_error") else {})}
+    elif message.get("method") == "initialize":
+        answer = {"protocolVersion": message["params"]["protocolVersion"],
+                  "capabilities": {"tools": {}}, "serverInfo": {"name": SERVER, "version": "1"}}
+    elif message.get("method") == "tools/list":
+        answer = {"tools": [{"name": tool["name"], "description": tool.get("description") or "",
+                             "inputSchema": tool.get("input_schema") or {"type": "object"}}
+                            for tool in tools]}
+    return {"mcp_response": {"jsonrpc": "2.0", "id": message.get("id", 0), "result": answer}}
 
 
 def fits_mcp(block: dict) -> bool:
@@ -1280,19 +1186,19 @@ class Reply:
         self.done = self.reusable = self.begun = False
         self.failed: Optional[ApiError] = None
         self.model = ""                             # as system/init names it
-        self.retry_after: Optional[int] = None
+        self.retry_after = 0                        # seconds, as the CLI says what it was told
         self._names = {wire_name(tool["name"]): tool["name"] for tool in turn.tools}
         self._index: Dict[int, int] = {}            # the CLI's index of a block -> ours
         self._blocks = 0                            # blocks sent on
         self._visible = self._called = False        # text, or a client's call, was sent on
         self._answer: Optional[str] = None          # id of the answer tool's call
-        self._answer_at = -1                        # and our index of it
+        self._answer_at = -2                        # and our index of it
         self._held: List[dict] = []                 # its events, until the CLI validated them
         self._closing: Optional[dict] = None        # message_delta with the stop reason
         self._problem: dict = {}                    # the line with the CLI's word for an error
 
     def feed(self, line: dict) -> List[dict]:
-        kind = line.get("type")
+        kind, word = line.get("type"), line.get("subtype")
         if self.done or line.get("parent_tool_use_id") is not None:
             return []
         if kind == "stream_event":
@@ -1301,14 +1207,14 @@ class Reply:
             return self._verdict(line["message"].get("content"))
         if kind == "assistant" and (line.get("error") or line["message"]["model"] == "<synthetic>"):
             self._problem = line
-        elif kind == "system" and line.get("subtype") == "init":
+        elif kind == "system" and word == "init":
             self.model = line.get("model") or ""
             if self.turn.schema is not None and ANSWER not in (line.get("tools") or []):
                 self.failed = ApiError("invalid_request", "the CLI cannot use this JSON schema: it "
                                        "is invalid, or newer than draft 7", param="schema")
-        elif kind == "system" and line.get("subtype") == "api_retry":
-            self.retry_after = math.ceil((line.get("retry_delay_ms") or 0) / 1000) or None
-            if (self.retry_after or 0) > PATIENCE_S:
+        elif kind == "system" and word == "api_retry":
+            self.retry_after = math.ceil((line.get("retry_delay_ms") or 0) / 1000)
+            if self.retry_after > PATIENCE_S:
                 self.failed = status_error(line.get("error_status") or 502, "the API asks to wait "
                                            f"{self.retry_after} s", self.retry_after)
         elif kind == "rate_limit_event" and (line.get("rate_limit_info") or {}).get("resetsAt"):
@@ -1318,28 +1224,27 @@ class Reply:
         return []
 
     def _event(self, event: dict) -> List[dict]:
-        kind = event.get("type")
+        kind, at = event.get("type"), self._index.get(event.get("index"), -1)
         if kind == "message_start":
             if self._blocks and self.turn.schema is None:
                 self.failed = Died("claude began its answer again after an error")
             sent, self.begun, self._closing = self.begun, True, None
             self._index.clear()
-            return [] if sent else [event]
+            return [event] * (not sent)
         if kind == "content_block_start":
             return self._start(event["index"], event["content_block"])
+        if kind == "content_block_delta" and at == self._answer_at:
+            text = event["delta"].get("partial_json") or ""
+            event = {**event, "delta": {"type": "text_delta", "text": text}}
         if kind in ("content_block_delta", "content_block_stop"):
-            at = self._index.get(event["index"], -1)
-            if at == self._answer_at and kind == "content_block_delta" and at >= 0:
-                event = {**event, "delta": {"type": "text_delta", "text":
-                                            event["delta"].get("partial_json") or ""}}
             return self._send(at, event)
         if kind == "message_delta" and (event.get("delta") or {}).get("stop_reason"):
             self._closing = event               # without a reason the CLI broke off
-        elif kind == "message_stop" and self._closing is not None:
+            spent = event["delta"]["stop_reason"] not in ("end_turn", "stop_sequence", "tool_use")
+            return self._finish(event) if spent else []     # at once: the CLI asks for more
+        if kind == "message_stop" and self._closing is not None:
             return self._stop(self._closing["delta"]["stop_reason"])
-        elif kind not in ("message_delta", "message_stop"):
-            return [event]
-        return []
+        return [event] * (kind not in ("message_delta", "message_stop"))
 
     def _start(self, index: int, block: dict) -> List[dict]:
         kind = block.get("type")
@@ -1367,11 +1272,10 @@ class Reply:
         return [event]
 
     def _stop(self, reason: str) -> List[dict]:
-        if self.turn.schema is not None and reason in ("end_turn", "tool_use", "stop_sequence") \
-                and (self._answer or not self._called):
+        if self.turn.schema is not None and (self._answer or not self._called):
             return []                   # the CLI validates the answer, or asks the model for it
         self.reusable = self.turn.schema is None and self._visible and (
-            reason in ("end_turn", "stop_sequence") or (reason == "tool_use" and self._called))
+            reason != "tool_use" or self._called)
         return self._finish(self._closing)
 
     def _finish(self, closing: dict) -> List[dict]:
@@ -1390,7 +1294,7 @@ class Reply:
                 self.failed = ApiError("backend_error", "the model's JSON does not match the schema"
                                        f": {str(block.get('content'))[:300]}; try again")
             self._held.clear()          # the CLI has told the model to try again
-            self._blocks, self._answer, self._answer_at = self._answer_at, None, -1
+            self._blocks, self._answer, self._answer_at = self._answer_at, None, -2
         return []
 
     def _failure(self, line: dict) -> ApiError:
@@ -1404,7 +1308,7 @@ class Reply:
             "rate_limit": 429, "authentication_failed": 401, "billing_error": 402,
             "invalid_request": 400}.get(self._problem.get("error") or "", 502)
         return status_error(status, vendor_message(str(text)),
-                            self.retry_after if status in (429, 529) else None)
+                            self.retry_after or None if status in (429, 529) else None)
 
 
 # == 6. Claude =====================================================================================
@@ -1425,16 +1329,15 @@ class Claude:
         self.process, self._ended = process, ended
         self.born = self.last_used = loop.time()
         self.profile: Optional[bytes] = None    # digest of what it was initialised for
-        self.hello: dict = {}                   # the answer to `initialize`: models, account
+        self.told: Dict[str, dict] = {}         # subtype of a control request -> the last answer
         self.init: dict = {}                    # the last system/init line
         self.awaited: Set[str] = set()          # tool calls whose results it waits for (parked)
         self.cost = 0.0                         # total_cost_usd so far
         self.failure: Optional[ApiError] = None
-        self.closing = False
         self._due = self._seen = 0              # `result` lines still to come, and seen
         self._tools: List[dict] = []
         self._settings: dict = {}               # the last settings request
-        self._controls: Dict[str, asyncio.Future] = {}
+        self._asked: Dict[str, str] = {}        # open control requests: id -> subtype
         self._calls: Dict[str, Tuple[str, dict]] = {}   # tool_use id -> its open tools/call
         self._results: Dict[str, dict] = {}             # tool_use id -> result not asked for yet
         self._inbox: Optional[deque] = None     # lines of the running turn
@@ -1444,7 +1347,7 @@ class Claude:
         self._tasks = [loop.create_task(self._pump()), loop.create_task(self._listen())]
 
     @classmethod
-    async def spawn(cls, argv: List[str], env: Dict[str, str], cwd: str, ended: Callable) -> "Claude":
+    async def spawn(cls, argv: List[str], env: Dict[str, str], cwd: str, ended: Callable) -> Claude:
         """A new process in a group of its own.  ApiError unavailable if it cannot be started."""
         group: Dict[str, Any] = {"start_new_session": True} if POSIX else {
             "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
@@ -1459,13 +1362,10 @@ class Claude:
 
     async def _pump(self) -> None:
         """Read stdout to its end, always: a CLI that nobody reads stops, and loses its last words."""
-        pieces: List[bytes] = []
-        held = 0                            # bytes of the unfinished line
+        pieces, held = [], 0                # of the unfinished line, and their bytes
         try:
             while True:
                 data = await self.process.stdout.read(READ_SIZE)
-                if not data:
-                    break
                 first, *more = data.split(b"\n")
                 pieces.append(first)
                 held += len(first)
@@ -1477,6 +1377,8 @@ class Claude:
                 while self._inbox is not None and len(self._inbox) > INBOX_LIMIT:
                     self._room = asyncio.get_running_loop().create_future()
                     await self._room
+                if not data:
+                    break
         except Died as error:
             self._fail(error)
         except Exception as exc:            # a line of a shape that nobody has seen yet
@@ -1489,13 +1391,11 @@ class Claude:
 
     async def _listen(self) -> None:
         """Keep the last lines of stderr."""
-        rest = b""
-        while True:
+        data, rest = b"-", b""
+        while data:
             data = await self.process.stderr.read(READ_SIZE)
             *lines, rest = (rest + (data or b"\n"))[-65536:].split(b"\n")
             self._stderr.extend(line.decode("utf-8", "replace")[:500] for line in lines if line)
-            if not data:
-                break
 
     def last_words(self) -> str:
         return " | ".join(self._stderr)[-600:]
@@ -1510,39 +1410,33 @@ class Claude:
             shown = data[:200].decode("utf-8", "replace")
             raise Died(f"claude sent an unreadable line: {shown}") from None
         if kind == "control_response":
-            return self._control_response(line["response"])
-        if kind == "control_request":
+            asked = self._asked.pop(line["response"]["request_id"], "")
+            self.told[asked] = line["response"].get("response") or {}
+            if line["response"].get("subtype") != "success":
+                raise Died(f"claude refused {asked}: {line['response'].get('error')}")
+        elif kind == "control_request":
             return self._control_request(line["request_id"], line["request"])
-        if kind == "result":
+        elif kind == "result":
             self._due, self._seen = max(0, self._due - 1), self._seen + 1
             self.cost = line.get("total_cost_usd") or self.cost
         elif kind == "system" and line.get("subtype") == "init":
             self.init = line
+        elif kind == "stream_event" and self._inbox is None and not line.get("parent_tool_use_id"):
+            raise Died("claude went on without being asked")
         if self._inbox is not None:
             self._inbox.append(line)
-        elif kind == "stream_event" and not line.get("parent_tool_use_id"):
-            self._fail(Died("claude went on without being asked"))
         self._wake_up()
 
-    def _control_response(self, response: dict) -> None:
-        future = self._controls.pop(response.get("request_id"), None)
-        if response.get("subtype") != "success":
-            self._fail(Died(f"claude refused: {response.get('error')}"))
-        if future is not None and not future.done():
-            future.set_result(response.get("response") or {})
-
     def _control_request(self, request_id: str, request: dict) -> None:
-        message = request.get("message") or {}
-        if request["subtype"] == "mcp_message" and message.get("method") == "tools/call":
+        message, payload = request.get("message") or {}, None
+        if message.get("method") == "tools/call":
             call = message["params"]["_meta"]["claudecode/toolUseId"]
             self._calls[call] = (request_id, message)
             return self._answer_calls()
         if request["subtype"] == "mcp_message":
-            payload = mcp_response(message, mcp_result(message, self._tools))
+            payload = mcp_answer(message, self._tools)
         elif request["subtype"] == "can_use_tool":
             payload = {"behavior": "deny", "message": "Only the client's own tools are available."}
-        else:
-            payload = None
         self._respond(request_id, payload)
 
     def _respond(self, request_id: str, payload: Optional[dict]) -> None:
@@ -1553,7 +1447,7 @@ class Claude:
     def _answer_calls(self) -> None:
         for call in [c for c in self._calls if c in self._results]:
             request_id, message = self._calls.pop(call)
-            self._respond(request_id, mcp_response(message, call_result(self._results.pop(call))))
+            self._respond(request_id, mcp_answer(message, [], self._results.pop(call)))
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():
@@ -1561,8 +1455,6 @@ class Claude:
 
     def _fail(self, error: ApiError) -> None:
         self.failure = self.failure or error
-        for future in self._controls.values():
-            future.cancel()
         self._wake_up()
 
     # -- what it is told
@@ -1571,50 +1463,39 @@ class Claude:
         if self.failure is None and not self.process.stdin.is_closing():
             self.process.stdin.write(b"".join(encode_json(line) + b"\n" for line in lines))
 
-    def control(self, request: dict) -> Tuple[dict, asyncio.Future]:
-        """A control request as (line to send, future of its answer)."""
-        name, future = secrets.token_hex(6), asyncio.get_running_loop().create_future()
-        self._controls[name] = future
-        return {"type": "control_request", "request_id": name, "request": request}, future
-
-    async def ask(self, request: dict, wait_s: float) -> dict:
-        """Send a control request; its answer.  ApiError if it is refused or late."""
-        line, future = self.control(request)
-        self.send(line)
-        if not (await asyncio.wait({future}, timeout=wait_s))[0] or self.failure:
-            raise self.failure or ApiError("timeout", f"claude was silent for {wait_s:g} s")
-        return future.result()
+    def control(self, request: dict) -> dict:
+        """The line of a control request, whose answer `told` will hold."""
+        name = secrets.token_hex(6)
+        self._asked[name] = request["subtype"]
+        return {"type": "control_request", "request_id": name, "request": request}
 
     def initialize(self, turn: Turn, profile: bytes) -> List[dict]:
         """The lines that make a blank process one for this prompt, these tools and this schema."""
         if self.profile is not None:
             return []
         self.profile, self._tools = profile, wire_tools(turn)
-        line, future = self.control(initialize_request(turn))
-        future.add_done_callback(lambda told: told.cancelled() or self.hello.update(told.result()))
-        return [line]
+        return [self.control(initialize_request(turn))]
 
     def configure(self, turn: Turn, model: Optional[str]) -> List[dict]:
         """The line that sets this turn's parameters; none if they stand already."""
-        request = settings_request(turn, model)
-        if request == self._settings:
-            return []
+        request, before = settings_request(turn, model), self._settings
         self._settings = request
-        return [self.control(request)[0]]
+        return [] if request == before else [self.control(request)]
 
     async def remember(self, lines: List[dict], messages: Tuple[dict, ...], model: str,
                        wait_s: float) -> None:
-        """Put messages into its history without starting a turn, after some other lines.
+        """Send lines, then put messages into its history without starting a turn.
 
         An empty message leaves nothing there, but makes the first turn faster.
         """
         self.send(*lines)
         for message in messages:
+            name = str(uuid.uuid4())
             if message["role"] == "assistant":
-                self.send(assistant_line(message, str(uuid.uuid4()), self.init.get("model") or model))
+                self.send(assistant_line(message, name, self.init.get("model") or model))
                 continue
             self._due += 1
-            self.send(user_line(message, str(uuid.uuid4()), False))
+            self.send(user_line(message, name, False))
             await self.settle(wait_s)       # before its result the order would be lost
 
     def begin(self, lines: List[dict], message: dict) -> None:
@@ -1659,6 +1540,14 @@ class Claude:
         while self._seen < goal:
             await self._wait(wait_s)
 
+    async def ask(self, subtype: str, wait_s: float) -> dict:
+        """The answer to a control request without arguments."""
+        self.told.pop(subtype, None)
+        self.send(self.control({"subtype": subtype}))
+        while subtype not in self.told:
+            await self._wait(wait_s)
+        return self.told[subtype]
+
     # -- its death
 
     def signal(self, number: int) -> None:
@@ -1672,8 +1561,7 @@ class Claude:
 
     async def close(self) -> None:
         """End it for sure, within 1.5 s: interrupt, end of input, SIGTERM, SIGKILL."""
-        self.closing = True
-        self.send(self.control({"subtype": "interrupt"})[0])
+        self.send(self.control({"subtype": "interrupt"}))
         with contextlib.suppress(OSError, RuntimeError):
             self.process.stdin.close()
         for number, wait_s in ((0, 0.3), (signal.SIGTERM, 0.5), (SIGKILL, 0.7)):
@@ -1687,9 +1575,9 @@ class Claude:
         # Process.wait() would also wait for pipes that a grandchild keeps open (3.11 and later).
         with contextlib.suppress(AttributeError):
             self.process._transport.close()
-        await asyncio.wait(self._tasks, timeout=1)
         for task in self._tasks:
             task.cancel()
+        await asyncio.wait(self._tasks, timeout=1)
 
 
 # == 7. Conversations ==============================================================================
@@ -1707,46 +1595,36 @@ class Receipt:
     """How a turn was served, for the response's head and the log."""
     caller: str = ""
     conversation: str = ""                  # new, continued or rebuilt
-    ignored: Tuple[str, ...] = ()
+    ignored: List[str] = field(default_factory=list)
     cost: Optional[float] = None            # US dollars, if the CLI said it
 
 
-def find_claude(wanted: str) -> List[str]:
-    """The command that starts the CLI, or the stand-in.  ApiError unavailable with what to do."""
+async def find_claude(wanted: str) -> Tuple[List[str], str]:
+    """The command that starts the CLI, or the stand-in, and its version.
+
+    ApiError unavailable, with the command to run, if it is missing, too old or does not start.
+    """
     if wanted == "echo":
-        return [sys.executable, os.path.abspath(__file__), "stand-in"]
-    name, places = ("claude" if POSIX else "claude.exe"), os.pathsep.join(
-        map(os.path.expanduser, CLAUDE_PLACES))
-    found = shutil.which(os.path.expanduser(wanted)) if wanted else (
-        shutil.which(name) or shutil.which(name, path=places) or shutil.which("claude"))
-    if found is None:
-        raise ApiError("unavailable", (f"there is no claude binary at {wanted}" if wanted else
-                                       "Claude Code is not installed") + f"; install it: {INSTALL}")
-    if found.lower().endswith((".cmd", ".bat", ".ps1")):
-        raise ApiError("unavailable", f"{found} is a shell shim, whose arguments cmd.exe would "
-                       "rewrite; point --claude at claude.exe")
-    return [found]
-
-
-async def check_claude(command: List[str]) -> str:
-    """The CLI's version.  ApiError unavailable if it is older than the floor or does not run."""
+        return [sys.executable, os.path.abspath(__file__), "stand-in"], "stand-in"
+    places = os.pathsep.join(map(os.path.expanduser, CLAUDE_PLACES))
+    name = os.path.expanduser(wanted) or ("claude" if POSIX else "claude.exe")
+    found = shutil.which(name) or "" if wanted else (
+        shutil.which(name) or shutil.which(name, path=places) or shutil.which("claude") or "")
+    if not found or found.lower().endswith((".cmd", ".bat", ".ps1")):
+        raise ApiError("unavailable", f"{found} is a shell shim, whose arguments cmd.exe would rewrite; "
+                       "point --claude at claude.exe" if found else f"Claude Code is not installed"
+                       f"{f' at {wanted}' if wanted else ''}; install it: {INSTALL}")
     try:
         process = await asyncio.create_subprocess_exec(
-            *command, "--version", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            found, "--version", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env=claude_env(os.environ, 0, 0))
         told = (await asyncio.wait_for(process.communicate(), 20))[0].decode("utf-8", "replace")
-    except asyncio.TimeoutError:
-        process.kill()
-        raise ApiError("unavailable", f"{command[0]} --version hangs; try it by hand") from None
-    except OSError as exc:
-        raise ApiError("unavailable", f"cannot run {command[0]}: {exc}; install it: {INSTALL}") \
-            from None
-    version = parse_version(told)
-    if version < CLI_FLOOR:
-        have, floor = (".".join(map(str, v)) for v in (version, CLI_FLOOR))
-        raise ApiError("unavailable", f"Claude Code {have or 'of unknown version'} is older than "
-                       f"{floor}; upgrade it: {INSTALL}@latest")
-    return ".".join(map(str, version))
+    except (OSError, asyncio.TimeoutError) as exc:
+        raise ApiError("unavailable", f"{found} does not start ({exc!r}); install it: {INSTALL}") from None
+    if parse_version(told) < CLI_FLOOR:
+        raise ApiError("unavailable", f"Claude Code {told.strip()[:40]!r} is older than "
+                       f"{'.'.join(map(str, CLI_FLOOR))}; upgrade it: {INSTALL}@latest")
+    return [found], ".".join(map(str, parse_version(told)))
 
 
 def canonical_message(message: dict) -> bytes:
@@ -1838,20 +1716,19 @@ class Conversations:
         self.spares: List[Claude] = []
         self.idle: Dict[bytes, Claude] = {}         # key of the whole conversation -> process
         self.models: List[dict] = []                # as the CLI reports them
-        self.account: dict = {}
+        self.account: dict = {}                     # and whose login it is
         self.version = ""
         self.trouble = "no process is up yet"       # why no request could be served, or ""
         self._command: List[str] = []
         self._looked = -math.inf                    # when the binary was looked for last
         self._full_ids: Dict[str, str] = {}         # model value -> full id
         self._wanted = Turn("")                     # what was asked for last, without messages
-        self._waiters: deque = deque()
-        self._undecided = self._starting = self._failures = 0
+        self._undecided = self._waiting = self._failures = 0
         self._closers: Set[asyncio.Task] = set()
 
     async def start(self) -> None:
         self._changed, self._known = asyncio.Event(), asyncio.Event()   # 3.9 binds the loop here
-        self._check = asyncio.Lock()
+        self._check, self._places = asyncio.Lock(), asyncio.Semaphore(self.settings.max_processes)
         self._cwd = tempfile.mkdtemp(prefix="ccproxy-")
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
@@ -1859,10 +1736,10 @@ class Conversations:
         """No child process is left when this returns."""
         self._keeper.cancel()
         await asyncio.wait({self._keeper})
-        while self.fleet or self._closers or self._starting:
+        while self.fleet or self._closers:
             for claude in list(self.fleet):
                 self._close(claude)
-            await asyncio.wait(self._closers or {asyncio.ensure_future(asyncio.sleep(0.05))})
+            await asyncio.wait(self._closers)
         shutil.rmtree(self._cwd, ignore_errors=True)
 
     async def command(self) -> List[str]:
@@ -1872,9 +1749,7 @@ class Conversations:
             if not self._command and now - self._looked > 2:
                 self._looked = now
                 try:
-                    command = find_claude(self.settings.claude)
-                    self.version = await check_claude(command)
-                    self._command = command
+                    self._command, self.version = await find_claude(self.settings.claude)
                 except ApiError as error:
                     self.trouble = error.message
             if not self._command:
@@ -1898,17 +1773,18 @@ class Conversations:
         """
         table, name = self.settings.models, asked.rpartition("/")[2]
         hits = [key for key in table if key in (asked, name)] + [
-            key for key in table for text in (asked, name) if fnmatch.fnmatchcase(text, key)]
-        if hits:
-            return table[hits[0]]
+            key for key in table if fnmatch.filter((asked, name), key)]
         known = {m.get("value") for m in self.models} - {"default"}
         pattern = r"(opus|sonnet|haiku|fable|claude-[\w.@:-]{1,100})(\[1m\])?"
-        return name if name in known or re.fullmatch(pattern, name) else self.settings.model
+        return table[hits[0]] if hits else name if name in known or re.fullmatch(
+            pattern, name) else self.settings.model
+
+    def _full_id(self, model: str) -> str:
+        return self._full_ids.get(model) or model
 
     # -- a turn
 
-    async def events(self, turn: Turn, message: Message, receipt: Receipt
-                     ) -> AsyncIterator[List[dict]]:
+    async def events(self, turn: Turn, message: Message, receipt: Receipt) -> AsyncIterator[List[dict]]:
         """Bursts of events of exactly one message, which the caller folds into `message`.
 
         Before its first event a turn is tried again: without what the model refuses, and once on
@@ -1916,9 +1792,9 @@ class Conversations:
         """
         model, tries, deaths = self.resolve(turn.model), 0, 0
         while True:
-            plan = self.refusals.apply(turn, self._full_ids.get(model, model))
+            plan = self.refusals.apply(turn, self._full_id(model))
             lost = set(features(turn)) - set(features(plan))
-            receipt.ignored = tuple(sorted({*turn.ignored, *(turn.said.get(n, n) for n in lost)}))
+            receipt.ignored = sorted({*turn.ignored, *(turn.said.get(name, name) for name in lost)})
             stream = self._play(plan, model, message, receipt)
             try:
                 async for burst in stream:
@@ -1926,22 +1802,20 @@ class Conversations:
                 return
             except Died:
                 deaths += 1
-                if message.started or deaths > 1:
+                if message.start or deaths > 1:
                     raise
             except ApiError as error:
                 tries += 1
-                if error.status != 400 or message.started or tries > REFUSAL_TRIES or not \
-                        self.refusals.learn(plan, self._full_ids.get(model, model), error.message):
+                if error.status != 400 or message.start or tries > REFUSAL_TRIES or not \
+                        self.refusals.learn(plan, self._full_id(model), error.message):
                     raise
             finally:
                 await stream.aclose()
 
-    async def _play(self, turn: Turn, model: str, message: Message, receipt: Receipt
-                    ) -> AsyncIterator[List[dict]]:
+    async def _play(self, turn, model, message, receipt) -> AsyncIterator[List[dict]]:
         """One try of a turn on one process, which is kept if it stands clean behind it."""
         reply, chain, claude, kept = Reply(turn), digest_chain(turn, receipt.caller, model), None, False
-        self._undecided += 1                # until its first delta, no spare is started
-        waiting = True
+        undecided = self._undecided = self._undecided + 1   # no spare is started before its delta
         try:
             claude = await self._claude_for(turn, model, chain, receipt)
             spent = claude.cost
@@ -1949,16 +1823,16 @@ class Conversations:
                 events = feed_all(reply, await claude.lines(self.settings.stall_timeout))
                 if reply.model:
                     self._full_ids.setdefault(model, reply.model)
-                if events and waiting:
-                    waiting = self._decided()
                 if reply.done:              # the caller folds before the end is told
                     events.pop()
                 if events:
+                    undecided = self._decided(undecided)
                     yield events
                 if reply.failed:
                     raise reply.failed
             kept = reply.reusable and self._rest(claude, chain, message)
             if not kept:                    # at once: the CLI would ask the model to go on
+                claude.signal(SIGKILL)
                 self._close(claude)
             yield [{"type": "message_stop"}]
             if kept and not claude.awaited:
@@ -1966,30 +1840,28 @@ class Conversations:
                     await claude.settle(1)
                 receipt.cost = max(0.0, claude.cost - spent)
         finally:
-            if waiting:
-                self._decided()
+            self._decided(undecided)
             if claude is not None and not kept:
                 self._close(claude)
 
-    def _decided(self) -> bool:
-        self._undecided -= 1
+    def _decided(self, undecided: int) -> int:
+        self._undecided -= bool(undecided)
         self._changed.set()
-        return False
+        return 0
 
-    async def _claude_for(self, turn: Turn, model: str, chain: List[bytes], receipt: Receipt
-                          ) -> Claude:
+    async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
         stall_s, last = self.settings.stall_timeout, turn.messages[-1]
         said_model = None if model == self.settings.model else model    # 2.1.197 notes a change
         claude = self._live(chain[-2], last)
         receipt.conversation = "continued" if claude else "rebuilt" if len(chain) > 2 else "new"
         if claude is None:
-            self._wanted = replace(turn, messages=(), fields={}, effort=None)
+            self._wanted = replace(turn, messages=(), fields={})
             claude = await self._fresh(profile_digest(turn))
         try:
             lines = claude.initialize(turn, profile_digest(turn)) + claude.configure(turn, said_model)
             if receipt.conversation == "rebuilt":
-                await claude.remember(lines, turn.messages[:-1], self._full_ids.get(model, model),
+                await claude.remember(lines, turn.messages[:-1], self._full_id(model),
                                       stall_s)
                 lines = []
             elif receipt.conversation == "continued" and not claude.awaited:
@@ -2017,10 +1889,9 @@ class Conversations:
             self._close(self.idle[key])
         calls = {b["id"] for b in message.content if b["type"] == "tool_use"}
         claude.rest(calls if message.stop_reason == "tool_use" else set())
-        if claude.failure or claude not in self.fleet:
+        if claude.failure or claude not in self.fleet or self._waiting:
             return False
         self.idle[key] = claude
-        self._freed()
         return True
 
     async def count(self, turn: Turn) -> int:
@@ -2031,7 +1902,7 @@ class Conversations:
             lines = claude.initialize(turn, profile) + claude.configure(
                 turn, None if model == self.settings.model else model)
             await claude.remember(lines, turn.messages, model, self.settings.stall_timeout)
-            usage = await claude.ask({"subtype": "get_context_usage"}, self.settings.stall_timeout)
+            usage = await claude.ask("get_context_usage", self.settings.stall_timeout)
             notes = (usage.get("messageBreakdown") or {}).get("attachmentTokens") or 0
             return max(1, usage["totalTokens"] - notes)
         finally:
@@ -2042,66 +1913,41 @@ class Conversations:
     async def _fresh(self, profile: bytes) -> Claude:
         """A process without a history: a spare, or a new one; waits in line at the cap."""
         await self.command()
-        deadline = asyncio.get_running_loop().time() + self.settings.queue_timeout
-        queued = bool(self._waiters)
-        while True:
-            if queued:
-                await self._queue(deadline)
-            ready = sorted((s for s in self.spares if not s.failure and s.profile in (profile, None)),
-                           key=lambda s: (s.profile is None, s.born))
-            if ready:
-                self.spares.remove(ready[0])
-                self._changed.set()
-                return ready[0]
-            if self._has_room() or self._evict():
-                return await self._spawn()
-            queued = True
-
-    async def _queue(self, deadline: float) -> None:
-        """Wait in line for a process to become free.  ApiError after queue_timeout."""
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        ready = sorted((s for s in self.spares if not s.failure and s.profile in (profile, None)),
+                       key=lambda s: (s.profile is None, s.born))
+        if ready:
+            self.spares.remove(ready[0])
+            self._changed.set()
+            return ready[0]
+        self._waiting += 1                  # from now on nobody keeps an idle process
         try:
-            left = deadline - asyncio.get_running_loop().time()
-            if not (await asyncio.wait({waiter}, timeout=max(0, left)))[0]:
-                raise ApiError("rate_limit_exceeded", f"all {self.settings.max_processes} CLI "
-                               "processes are busy; try again, or raise --max-processes",
-                               retry_after=5)
-        except asyncio.CancelledError:
-            if waiter.done():               # woken and gone at once: the next one may go
-                self._freed()
-            raise
+            if self._places.locked():
+                self._evict()
+            await asyncio.wait_for(self._places.acquire(), self.settings.queue_timeout)
+        except asyncio.TimeoutError:
+            raise ApiError("rate_limit_exceeded", f"all {self.settings.max_processes} CLI processes "
+                           "are busy; try again, or raise --max-processes", retry_after=5) from None
         finally:
-            with contextlib.suppress(ValueError):
-                self._waiters.remove(waiter)
+            self._waiting -= 1
+        return await self._spawn()
 
-    def _freed(self) -> None:
-        """Whoever waits longest may try again."""
-        if self._waiters:
-            self._waiters.popleft().set_result(None)
-        self._changed.set()
-
-    def _has_room(self) -> bool:
-        return len(self.fleet) + self._starting < self.settings.max_processes
-
-    def _evict(self) -> bool:
+    def _evict(self) -> None:
         """Close the least recently used idle process, else a spare made for something else."""
-        oldest = next(iter([*self.idle.values(), *self.spares]), None)
-        if oldest is not None:
-            self._close(oldest)
-        return oldest is not None
+        for claude in [*self.idle.values(), *self.spares][:1]:
+            self._close(claude)
 
     async def _spawn(self) -> Claude:
-        settings, command = self.settings, await self.command()
+        """A new process in a place that has been taken."""
+        settings = self.settings
         patience_s = 2 * settings.park_ttl + settings.request_timeout
-        self._starting += 1                 # holds the place while the process starts
         try:
-            claude = await Claude.spawn(claude_argv(command, settings.model), claude_env(
+            claude = await Claude.spawn(claude_argv(await self.command(), settings.model), claude_env(
                 os.environ, settings.retries, patience_s), self._cwd, self._ended)
-            self.fleet.add(claude)
-            return claude
-        finally:
-            self._starting -= 1
+        except BaseException:
+            self._places.release()
+            raise
+        self.fleet.add(claude)
+        return claude
 
     def _ended(self, claude: Claude) -> None:
         """A process has ended, by itself if nobody closed it."""
@@ -2121,45 +1967,42 @@ class Conversations:
         closer = asyncio.get_running_loop().create_task(claude.close())
         self._closers.add(closer)
         closer.add_done_callback(self._closers.discard)
-        self._freed()
+        self._places.release()
+        self._changed.set()
 
     async def _keep(self) -> None:
         """Refill spares when no turn waits for its first delta, or after a second; end the idle."""
-        period = min(5.0, self.settings.idle_ttl / 4, self.settings.park_ttl / 4)
+        ttl_s = (self.settings.idle_ttl, self.settings.park_ttl)
         while True:
             self._changed.clear()
             try:
                 await self._refill()
-            except ApiError as error:
-                self.trouble = error.message
-                self._failures += 1
-            except Exception:               # the keeper must not die: no spares would come
-                traceback.print_exc()
+            except Exception as error:      # the keeper must not die: no spares would come
+                self.trouble = getattr(error, "message", "") or repr(error)
                 self._failures += 1
             now = asyncio.get_running_loop().time()
             for claude in list(self.idle.values()):
-                if now - claude.last_used > (self.settings.park_ttl if claude.awaited
-                                             else self.settings.idle_ttl):
+                if now - claude.last_used > ttl_s[bool(claude.awaited)]:
                     self._close(claude)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), period)
+                await asyncio.wait_for(self._changed.wait(), min(5, *(ttl / 4 for ttl in ttl_s)))
             await asyncio.sleep(min(30.0, 2.0 ** self._failures / 4) if self._failures else 0)
             for _ in range(100):
-                if self._undecided:
-                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01 if self._undecided else 0)
 
     async def _refill(self) -> None:
         """One blank spare, the others initialised ahead for what was asked for last."""
-        most = self.settings.max_processes
         for spare in list(self.spares):
             if spare.profile not in (None, profile_digest(self._wanted)):
                 self._close(spare)          # made for what is asked no more
-        while len(self.spares) < min(self.settings.warm, most - bool(self.fleet)) \
-                and not self._waiters and (self._has_room() or self.idle):
-            if not self._has_room():
+        most = self.settings.max_processes
+        while len(self.spares) < min(self.settings.warm, most - bool(self.fleet)):
+            if self._places.locked() and self.idle:
                 self._evict()
-            ahead = any(spare.profile is None for spare in self.spares)
-            claude = await self._spawn()
+            if self._places.locked() or self._waiting:
+                return
+            await self._places.acquire()
+            ahead, claude = any(s.profile is None for s in self.spares), await self._spawn()
             if ahead:
                 await self._rehearse(claude, self._wanted)
             else:
@@ -2170,8 +2013,8 @@ class Conversations:
         try:
             empty = ({"role": "user", "content": []},)
             await claude.remember(claude.initialize(turn, profile_digest(turn)), empty, "", 30)
-            self.models = claude.hello.get("models") or self.models
-            self.account = claude.hello.get("account") or {}
+            hello = claude.told.get("initialize") or {}
+            self.models, self.account = hello.get("models") or [], hello.get("account") or {}
             self._full_ids.update({m["value"]: m["resolvedModel"] for m in self.models
                                    if m.get("resolvedModel")})
             self._full_ids.setdefault(self.settings.model, claude.init.get("model") or "")
@@ -2201,11 +2044,9 @@ def is_loopback(name: str) -> bool:
 
 def check_host(host: str, local_address: str, allowed: List[str]) -> None:
     """Loopback names, the address that the connection came in on, and configured names."""
-    name = host_name(host)
-    known = {local_address, *map(host_name, allowed)} - {""}
+    name, known = host_name(host), {local_address, *map(host_name, allowed)} - {""}
     if not name or not (is_loopback(name) or name in known or "*" in allowed):
-        raise ApiError("forbidden", f"Host {host[:100]!r} is not answered here; allow it with "
-                       "--allow-hosts")
+        raise ApiError("forbidden", f"Host {host[:100]!r} is not answered; see --allow-hosts")
 
 
 def check_origin(origin: str, host: str, allowed: List[str]) -> bool:
@@ -2213,8 +2054,7 @@ def check_origin(origin: str, host: str, allowed: List[str]) -> bool:
     if origin.lower() in [entry.lower().rstrip("/") for entry in allowed] or "*" in allowed:
         return True
     if origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
-        raise ApiError("forbidden", f"origin {origin[:100]!r} may not call; allow it with "
-                       "--allow-origins")
+        raise ApiError("forbidden", f"origin {origin[:100]!r} may not call; see --allow-origins")
     return False
 
 
@@ -2242,12 +2082,11 @@ LINGER = 1.0                # seconds a refused request's rest is read over, so 
 
 class Wire(asyncio.StreamReaderProtocol):
     """asyncio's streams, which tell of a client's end only to who reads; a turn does not read."""
-    connection: "Connection"
+    connection: Connection
 
     def eof_received(self) -> Optional[bool]:
-        keep = super().eof_received()
         self.connection.half_closed()
-        return keep
+        return super().eof_received()
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
         super().connection_lost(exc)
@@ -2257,16 +2096,13 @@ class Wire(asyncio.StreamReaderProtocol):
 class Connection:
     """One client's connection: requests one after the other, an answer each."""
 
-    def __init__(self, server: "Server", reader: asyncio.StreamReader,
+    def __init__(self, server: Server, reader: asyncio.StreamReader,
                  writer: asyncio.StreamWriter) -> None:
         self.server, self.reader, self.writer = server, reader, writer
-        self.transport = writer.transport
-        self.transport.set_write_buffer_limits(high=BUFFER_LIMIT)
-        self.local_address = (writer.get_extra_info("sockname") or ("",))[0]
+        writer.transport.set_write_buffer_limits(high=BUFFER_LIMIT)
         self.request: Optional[Request] = None      # the one that is being answered
-        self.head_sent = False
+        self.head_sent = self._keep = self._chunked = self._body_read = False
         self.heartbeat: Optional[Callable[[], None]] = None     # writes something harmless
-        self._keep = self._chunked = self._body_read = False
         self.task = asyncio.get_running_loop().create_task(self._serve())
 
     async def _serve(self) -> None:
@@ -2277,13 +2113,13 @@ class Connection:
                 pass
         except ApiError as error:
             await self.server.refuse(self, error)
-        except (asyncio.CancelledError, asyncio.TimeoutError, ConnectionError):
-            pass                            # the client is gone or too slow, or the server stops
+        except (asyncio.CancelledError, ConnectionError):
+            pass                            # the client is gone, or the server stops
         except Exception:
             traceback.print_exc()
         finally:
             self.server.connections.discard(self)
-            if self.head_sent and not self._body_read and not self.transport.is_closing():
+            if self.head_sent and not self._body_read and not self.writer.is_closing():
                 await self._linger()
             self.writer.close()
 
@@ -2293,24 +2129,22 @@ class Connection:
         head = await self._read_head()
         if head is None:
             return False
-        request = self.request = parse_head(head)
-        self._body_read = request.length == 0
-        self._keep = request.keep_alive and not self.server.stopping
+        self.request = parse_head(head)
+        self._body_read = self.request.length == 0
+        self._keep = self.request.keep_alive and not self.server.stopping
         try:
-            await self.server.handle(self, request)
+            await self.server.handle(self, self.request)
         finally:
             self.request = self.heartbeat = None
         return self._keep and self._body_read
 
     async def _read_head(self) -> Optional[bytes]:
         """The next request's head; None when the client has ended, or is idle for too long."""
+        first = b"\r"
         try:
-            first = await asyncio.wait_for(self.reader.read(1), IDLE_TIMEOUT)
             while first in (b"\r", b"\n"):      # RFC 9112, 2.2: a blank line left over
                 first = await asyncio.wait_for(self.reader.read(1), IDLE_TIMEOUT)
         except asyncio.TimeoutError:
-            return None
-        if not first:
             return None
         try:
             return first + await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), HEAD_TIMEOUT)
@@ -2319,21 +2153,17 @@ class Connection:
         except asyncio.TimeoutError:
             raise ApiError("request_timeout", "the request came too slowly") from None
         except asyncio.LimitOverrunError:
-            line = (await self.reader.read(MAX_LINE)).partition(b"\r\n")
-            raise ApiError("headers_too_large" if line[1] else "uri_too_long",
-                           f"request head: longer than {MAX_HEAD} bytes") from None
+            kind = "headers_too_large" if b"\r\n" in await self.reader.read(MAX_LINE) else "uri_too_long"
+            raise ApiError(kind, f"request head: longer than {MAX_HEAD} bytes") from None
 
     async def read_body(self, limit: int) -> bytes:
         """The request's body.  ApiError if it is too large (before all is read), late or malformed."""
         length = self.request.length
-        if (length or 0) > limit:
-            raise ApiError("request_too_large", f"body: larger than {limit} bytes")
-        if self.request.headers.get("expect", "").lower() == "100-continue" and self.request.minor:
-            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.request.headers.get("expect", "").lower() == "100-continue" and (length or 0) <= limit:
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" if self.request.minor else b"")
+        allowed_s = BODY_TIMEOUT + (limit if length is None else length) / 65536
         try:
-            work = self._read_chunks(limit) if length is None else self.reader.readexactly(length)
-            allowed_s = BODY_TIMEOUT + (limit if length is None else length) / 65536
-            body = await asyncio.wait_for(work, allowed_s)
+            body = await asyncio.wait_for(self._read_pieces(length, limit), allowed_s)
         except asyncio.TimeoutError:
             raise ApiError("request_timeout", "the body came too slowly") from None
         except asyncio.LimitOverrunError:
@@ -2343,46 +2173,44 @@ class Connection:
         self._body_read = True
         return body
 
-    async def _read_chunks(self, limit: int) -> bytes:
-        """A chunked body (RFC 9112, 7.1); trailer fields are read over."""
-        pieces, total = [], 0
+    async def _read_pieces(self, length: Optional[int], limit: int) -> bytes:
+        """A body by its length, or by chunks (RFC 9112, 7.1); trailer fields are read over."""
+        pieces, total, end = [], 0, b"\r\n"
         while True:
-            length = parse_chunk_size(await self.reader.readuntil(b"\r\n"))
-            total += length
+            size = parse_chunk_size(await self.reader.readuntil(end)) if length is None else length
+            total += size
             if total > limit:
                 raise ApiError("request_too_large", f"body: larger than {limit} bytes")
-            if not length:
+            pieces.append(await self.reader.readexactly(size))
+            if length is not None:
+                return pieces[0]
+            if not size:
                 break
-            pieces.append(await self.reader.readexactly(length))
-            if await self.reader.readexactly(2) != b"\r\n":
+            if await self.reader.readexactly(2) != end:
                 raise ApiError("invalid_request", "chunked body: chunk longer than its size")
         for _ in range(MAX_FIELDS):
-            if await self.reader.readuntil(b"\r\n") == b"\r\n":
+            if await self.reader.readuntil(end) == end:
                 return b"".join(pieces)
         raise ApiError("headers_too_large", "chunked body: too many trailer fields")
 
     # -- answers
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+    def start(self, status: int, headers: Mapping[str, str], length: Optional[int] = None) -> None:
+        """Send a head; without a length the body follows by write() and end()."""
+        self._chunked = length is None and self.request.minor > 0
+        self._keep = self._keep and self._body_read and (self._chunked or length is not None)
+        framing = {} if status == 204 else {"Transfer-Encoding": "chunked"} if self._chunked else (
+            {} if length is None else {"Content-Length": str(length)})
         self.head_sent = True
-        self._keep = self._keep and self._body_read
-        return response_head(status, {
-            "Date": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()), **headers,
-            "Connection": "keep-alive" if self._keep else "close"})
+        self.writer.write(response_head(status, {
+            "Date": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()), **headers, **framing,
+            "Connection": "keep-alive" if self._keep else "close"}))
 
     async def send(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
         """A whole answer; HEAD gets its head alone."""
-        framing = {} if status == 204 else {"Content-Length": str(len(body))}
-        silent = self.request is not None and self.request.method == "HEAD"
-        self.writer.write(self._head(status, {**headers, **framing}) + (b"" if silent else body))
+        self.start(status, headers, len(body))
+        self.writer.write(b"" if self.request and self.request.method == "HEAD" else body)
         await self.drain()
-
-    def start(self, status: int, headers: Mapping[str, str]) -> None:
-        """Begin an answer of unknown length, followed by write() and end()."""
-        self._chunked = self.request.minor > 0
-        self._keep = self._keep and self._chunked
-        framing = {"Transfer-Encoding": "chunked"} if self._chunked else {}
-        self.writer.write(self._head(status, {**headers, **framing}))
 
     def write(self, data: bytes) -> None:
         self.writer.write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
@@ -2392,11 +2220,11 @@ class Connection:
 
     async def drain(self) -> None:
         """Wait until the client has taken enough.  ConnectionError if it takes nothing for long."""
-        if self.transport.get_write_buffer_size() > BUFFER_LIMIT:
+        if self.writer.transport.get_write_buffer_size() > BUFFER_LIMIT:
             try:
                 await asyncio.wait_for(self.writer.drain(), WRITE_TIMEOUT)
             except asyncio.TimeoutError:
-                self.transport.abort()
+                self.writer.transport.abort()
                 raise ConnectionAbortedError("the client takes nothing") from None
 
     # -- the client's end
@@ -2411,13 +2239,13 @@ class Connection:
         From one that is gone, anything written brings a reset; a reader of HTTP/1.1 steps over
         interim responses, a reader of events over heartbeats.
         """
+        sock = self.writer.get_extra_info("socket")
         for _ in range(3):
             await asyncio.sleep(0.3)
-            if self.request is not request or self.transport.is_closing():
+            if self.request is not request or self.writer.is_closing():
                 return
-            sock = self.writer.get_extra_info("socket")
-            if sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.transport.abort()
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.writer.transport.abort()
             elif self.head_sent and self.heartbeat:
                 self.heartbeat()
             elif request.minor and not self.head_sent:
@@ -2425,14 +2253,12 @@ class Connection:
 
     async def _linger(self) -> None:
         """Read over the rest of a refused request: closing at once would reset what was sent."""
-        async def read_over() -> None:
-            while await self.reader.read(65536):
-                pass
-        with contextlib.suppress(asyncio.TimeoutError, OSError, NotImplementedError,
-                                 asyncio.CancelledError):
+        with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError, OSError):
+            deadline = time.monotonic() + LINGER
             if self.writer.can_write_eof():
                 self.writer.write_eof()
-            await asyncio.wait_for(read_over(), LINGER)
+            while await asyncio.wait_for(self.reader.read(65536), deadline - time.monotonic()):
+                pass
 
 
 class Server:
@@ -2442,8 +2268,7 @@ class Server:
     def __init__(self, settings: Settings, handle: Callable, refuse: Callable) -> None:
         self.settings, self.handle, self.refuse = settings, handle, refuse
         self.connections: Set[Connection] = set()
-        self.stopping = False
-        self.limit = settings.max_connections
+        self.stopping, self.limit = False, settings.max_connections
 
     async def start(self) -> int:
         """Listen; the port.  OSError if that cannot be."""
@@ -2455,9 +2280,9 @@ class Server:
         with contextlib.suppress(ImportError, ValueError, OSError):
             import resource                 # at the end of descriptors asyncio's accept loop spins
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            soft = min(hard, max(soft, self.limit + 256)) if hard > 0 else soft
+            soft = min(max(soft, self.limit + 256), hard) if hard > 0 else soft
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            self.limit = max(8, min(self.limit, soft - 128)) if soft > 0 else self.limit
+            self.limit = min(self.limit, max(8, soft - 128)) if soft > 0 else self.limit
         self._server = await asyncio.get_running_loop().create_server(
             self._wire, self.settings.host, self.settings.port, backlog=512, ssl=context)
         return self._server.sockets[0].getsockname()[1]
@@ -2471,12 +2296,11 @@ class Server:
 
     async def stop(self) -> None:
         """No new connections; running answers get drain_timeout."""
-        self.stopping = True
+        self.stopping, started = True, time.monotonic()
         self._server.close()
-        deadline = asyncio.get_running_loop().time() + self.settings.drain_timeout
         while self.connections:
-            late = asyncio.get_running_loop().time() > deadline
-            for connection in list(self.connections):
+            late = time.monotonic() - started > self.settings.drain_timeout
+            for connection in self.connections:
                 if late or connection.request is None:
                     connection.task.cancel()
             await asyncio.sleep(0.02)
@@ -2488,31 +2312,31 @@ class Server:
 # To add a route: one row in ROUTES and a method of that name.
 
 class Route(NamedTuple):
+    method: str
     work: str                   # method of App
     dialect: str = ""
     public: bool = False        # no key needed
 
 
-ROUTES: Dict[str, Dict[str, Route]] = {     # path without prefix and /v1 -> method -> route
-    "/": {"GET": Route("about", public=True)},
-    "/health": {"GET": Route("health", public=True)},
-    "/healthz": {"GET": Route("health", public=True)},
-    "/readyz": {"GET": Route("ready", public=True)},
-    "/status": {"GET": Route("status")},
-    "/models": {"GET": Route("models")},
-    "/models/*": {"GET": Route("model")},
-    "/chat/completions": {"POST": Route("answer", "chat")},
-    "/messages": {"POST": Route("answer", "messages")},
-    "/messages/count_tokens": {"POST": Route("count", "messages")},
+ROUTES: Dict[str, Route] = {    # path without prefix and /v1 -> route
+    "/": Route("GET", "about", public=True),
+    **dict.fromkeys(("/health", "/healthz"), Route("GET", "health", public=True)),
+    "/readyz": Route("GET", "ready", public=True),
+    "/status": Route("GET", "status"),
+    "/models": Route("GET", "models"), "/models/": Route("GET", "model"),
+    "/chat/completions": Route("POST", "answer", "chat"),
+    "/messages": Route("POST", "answer", "messages"),
+    "/messages/count_tokens": Route("POST", "count", "messages"),
 }
 PREFIXES = ("chat",)            # backends that a path may name:  /chat/v1/messages
 
 
-def route_path(path: str) -> str:
-    """The path as ROUTES knows it.  Base URLs are given in many ways; all of these work.
+def route_path(path: str) -> Tuple[str, str]:
+    """The path as ROUTES knows it, and the model in it.  All of the ways to write a base URL work.
 
-    /v1/messages, /messages, /v1/v1/messages, /v1/messages/, /chat/v1/messages -> /messages
-    /v1/chat/completions/models (the endpoint taken for a base) -> /models
+    /v1/messages, /messages, /v1/v1/messages, /v1/messages/, /chat/v1/messages -> "/messages", ""
+    /v1/chat/completions/models (the endpoint taken for a base) -> "/models", ""
+    /v1/models/a/b -> "/models/", "a/b"
     """
     path, slash, model = ("/" + path.strip("/") + "/").partition("/models/")
     parts = [part for part in path.split("/") if part] + ["models"] * bool(slash)
@@ -2520,22 +2344,21 @@ def route_path(path: str) -> str:
         del parts[0]
     while "v1" in parts:
         del parts[:parts.index("v1") + 1]
+    known, model = "/" + "/".join(parts), model.strip("/")
     for base in ("/chat/completions", "/messages"):
-        rest = ("/" + "/".join(parts))[len(base):]
-        if ("/" + "/".join(parts)).startswith(base) and rest in ROUTES and rest:
-            parts = rest.strip("/").split("/")
-    return "/" + "/".join(parts) + ("/" + model.rstrip("/")) * bool(model)
+        if known.startswith(base) and known[len(base):] in ROUTES:
+            known = known[len(base):]
+    return known + "/" * bool(model), model
 
 
 @dataclass
 class Call:
-    """One request on its way through the app: what came, what is known, what the log will say."""
+    """One request on its way through the app: what came, what is known, how it is answered."""
     connection: Connection
     request: Request
-    request_id: str
+    name: str                               # request id
     started: float
     headers: Dict[str, str]                 # of the answer
-    path: str = ""
     dialect: Optional[Dialect] = None
     turn: Optional[Turn] = None
     message: Optional[Message] = None
@@ -2543,12 +2366,13 @@ class Call:
     status: int = 0
     failure: str = ""
     first_at: Optional[float] = None        # time of the first delta
+    written_at: float = 0.0                 # time of the last frame
 
     def told(self) -> Dict[str, str]:
         """The headers of the answer, with how the turn was served."""
-        told = {"X-CC-Conversation": self.receipt.conversation, "X-CC-Model":
-                self.message.real_model if self.message else "",
-                "X-CC-Ignored-Params": ", ".join(self.receipt.ignored)[:2000]}
+        told = {"X-CC-Conversation": self.receipt.conversation, "X-CC-Ignored-Params":
+                ", ".join(self.receipt.ignored)[:2000],
+                "X-CC-Model": str(self.message.start.get("model", "") if self.message else "")}
         return {**self.headers, **{name: value for name, value in told.items() if value}}
 
     async def send(self, status: int, value: dict) -> None:
@@ -2556,87 +2380,61 @@ class Call:
         await self.connection.send(status, {**self.told(), "Content-Type": "application/json"},
                                    encode_json(value))
 
+    async def give(self, events: List[dict], now: float) -> None:
+        """Fold events; send them if streamed, the whole message once it is done."""
+        frames: List[bytes] = []
+        for event in events:
+            self.message.add(event)
+            if self.first_at is None and event["type"] == "content_block_delta":
+                self.first_at = now
+            frames += self.dialect.frames(self.message, event) if self.turn.stream else []
+        if frames:
+            self.write(frames, now)
+            await self.connection.drain()
+        if self.message.done and self.turn.stream:
+            self.connection.heartbeat = self.connection.end()
+        elif self.message.done:
+            await self.send(200, self.dialect.body(self.message))
+
+    def write(self, frames: List[bytes], now: float) -> None:
+        """Send frames; the head goes with the first: by then it is known how the turn is served."""
+        if not self.connection.head_sent:
+            self.status = 200
+            self.connection.start(200, {
+                "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no", **self.told()})
+        self.connection.write(b"".join(frames))
+        self.written_at = now
+
+    def ping(self, now: float) -> None:
+        """A heartbeat that the dialect's clients read over."""
+        self.message.add({"type": "ping"})
+        self.write(self.dialect.frames(self.message, {"type": "ping"}), now)
+
     def log_line(self, now: float) -> str:
         """POST /v1/messages sonnet 200 first 84 ms total 312 ms in 18 out 7 $0.0002 new req_..."""
-        parts = [time.strftime("%H:%M:%S"), self.request.method, self.request.path[:200],
-                 self.turn.model[:80] if self.turn else "", str(self.status),
-                 f"first {1000 * (self.first_at - self.started):.0f} ms" if self.first_at else "",
-                 f"total {1000 * (now - self.started):.0f} ms"]
-        if self.message is not None and self.message.usage:
-            parts.append("in {0} out {2}".format(*count_tokens(self.message.usage)))
-        parts += ["" if self.receipt.cost is None else f"${self.receipt.cost:.4f}",
-                  self.receipt.conversation, self.request_id]
-        return " ".join(filter(None, parts)) + (f" | {self.failure[:300]}" if self.failure else "")
+        ms = f"total {1000 * (now - self.started):.0f} ms"
+        if self.first_at:
+            ms = f"first {1000 * (self.first_at - self.started):.0f} ms {ms}"
+        used = self.message.tokens() if self.message else ()
+        return " ".join(filter(None, (
+            time.strftime("%H:%M:%S"), self.request.method, self.request.path[:200],
+            self.turn.model[:80] if self.turn else "", str(self.status), ms,
+            f"in {used[0]} out {used[2]}" if any(used) else "",
+            "" if self.receipt.cost is None else f"${self.receipt.cost:.4f}",
+            self.receipt.conversation, self.name, f"| {self.failure[:300]}" if self.failure else "")))
 
 
-class Answer:
-    """A model's answer on its way to the client: head with the first event, heartbeats, an end."""
-
-    def __init__(self, call: Call, heartbeat_s: float) -> None:
-        self.call, self._heartbeat_s = call, heartbeat_s
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(heartbeat_s, self._beat) if call.turn.stream else None
-        call.connection.heartbeat = self.ping if call.turn.stream else None
-
-    async def give(self, events: List[dict]) -> None:
-        """Fold events; send them if streamed, the whole message once it is done."""
-        call, frames = self.call, []
-        for event in events:
-            call.message.add(event)
-            if call.first_at is None and event["type"] == "content_block_delta":
-                call.first_at = self._loop.time()
-            if call.turn.stream:
-                frames += call.dialect.frames(call.message, event)
-        if frames:
-            self._write(frames)
-            await call.connection.drain()
-        if call.message.done:
-            self.stop()
-            if call.turn.stream:
-                call.connection.end()
-            else:
-                await call.send(200, call.dialect.body(call.message))
-
-    def _write(self, frames: List[bytes]) -> None:
-        connection = self.call.connection
-        if not connection.head_sent:
-            self.call.status = 200
-            connection.start(200, {"Content-Type": "text/event-stream; charset=utf-8",
-                                   "Cache-Control": "no-cache", "X-Accel-Buffering": "no",
-                                   **self.call.told()})
-        connection.write(b"".join(frames))
-        self._last = self._loop.time()
-
-    def ping(self) -> None:
-        """A heartbeat that the dialect's clients read over."""
-        event = {"type": "ping"}
-        self.call.message.add(event)
-        self._write(self.call.dialect.frames(self.call.message, event))
-
-    def _beat(self) -> None:
-        left = getattr(self, "_last", self.call.started) + self._heartbeat_s - self._loop.time()
-        if left <= 0.001:
-            self.ping()
-            left = self._heartbeat_s
-        self._timer = self._loop.call_later(left, self._beat)
-
-    def fail(self, error: ApiError) -> None:
-        """Tell of a failure inside the stream: the dialect's error, then the end."""
-        event = {**self.call.dialect.error(error), "type": "error"}
-        self._write(self.call.dialect.frames(self.call.message, event))
-        self.call.connection.end()
-
-    def stop(self) -> None:
-        self.call.connection.heartbeat = None
-        if self._timer is not None:
-            self._timer.cancel()
+def plain_error(error: ApiError) -> dict:
+    """The envelope outside of a dialect: readable by both SDK families."""
+    return {"type": "error", "error": {**chat_error(error)["error"], **messages_error(error)["error"]}}
 
 
 class App:
     """The proxy: a server in front, conversations behind."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.port, self._started = settings, 0, time.time()
+        self.settings, self.port, self._started = settings, 0, int(time.time())
         self.conversations = Conversations(settings)
         self.server = Server(settings, self.handle, self.refuse)
         if not is_loopback(settings.host) and not settings.api_key:
@@ -2646,90 +2444,95 @@ class App:
     @property
     def url(self) -> str:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)
-        return "http{}://{}:{}".format("s" if self.settings.tls_cert else "",
-                                       f"[{host}]" if ":" in host else host, self.port)
+        host = f"[{host}]" if ":" in host else host
+        return f"http{'s' if self.settings.tls_cert else ''}://{host}:{self.port}"
 
-    async def start(self) -> None:
+    async def serve(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        """Serve until `stop` is set, then drain; no child process is left."""
         self.port = await self.server.start()
         await self.conversations.start()
-
-    async def stop(self) -> None:
-        await self.server.stop()
-        await self.conversations.stop()
+        try:
+            ready()
+            await stop.wait()
+        finally:
+            await self.server.stop()
+            await self.conversations.stop()
 
     # -- a request
 
     async def handle(self, connection: Connection, request: Request) -> None:
         """Answer one request, whatever happens; one line of log."""
-        loop, wished = asyncio.get_running_loop(), request.headers.get("x-request-id", "")
-        name = wished if re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", wished) else (
-            "req_" + secrets.token_hex(12))
-        call = Call(connection, request, name, loop.time(), {"request-id": name,
-                                                             "X-Request-Id": name})
+        clock, name = asyncio.get_running_loop().time, request.headers.get("x-request-id", "")
+        if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", name):
+            name = "req_" + secrets.token_hex(12)
+        call = Call(connection, request, name, clock(), {"request-id": name, "X-Request-Id": name})
+        error: Optional[ApiError] = None
         try:
             route = await self._admit(call)
             if route is not None:
                 call.dialect = DIALECTS.get(route.dialect)
                 await getattr(self, "_" + route.work)(call)
-        except ApiError as error:
-            await self._fail(call, error)
+        except ApiError as exc:
+            error = exc
         except RecursionError:
-            await self._fail(call, ApiError("invalid_request", "body: nested too deeply"))
+            error = ApiError("invalid_request", "body: nested too deeply")
         except (asyncio.CancelledError, ConnectionError):
             call.status, call.failure = 499, "the client is gone"
             raise
         except Exception:
             traceback.print_exc()
-            await self._fail(call, ApiError("internal_error", "a bug in ccproxy; its log says more"))
+            error = ApiError("internal_error", "a bug in ccproxy; its log says more")
         finally:
+            if error is not None:
+                await self._fail(call, error, clock())
             if not self.settings.quiet:
-                say(call.log_line(loop.time()))
+                say(call.log_line(clock()))
 
     async def _admit(self, call: Call) -> Optional[Route]:
         """The route that the caller may use; None if the request is answered already."""
-        request, method, headers = call.request, call.request.method, call.request.headers
-        host, origin, cors = headers.get("host", ""), headers.get("origin"), {}
-        if host or request.minor:
-            check_host(host, call.connection.local_address, self.settings.allow_hosts)
+        method, headers = call.request.method, call.request.headers
+        host, origin = headers.get("host", ""), headers.get("origin")
+        local = (call.connection.writer.get_extra_info("sockname") or ("",))[0]
+        if host or call.request.minor:
+            check_host(host, local, self.settings.allow_hosts)
         if origin is not None and check_origin(origin, host, self.settings.allow_origins):
             call.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin",
                                  "Access-Control-Expose-Headers": "*"})
-        call.path = route_path(request.path)
-        table = ROUTES.get(call.path) or (ROUTES["/models/*"] if call.path.startswith("/models/")
-                                          else None)
-        if table is None:
-            raise ApiError("not_found", f"no such route: {request.path[:200]}")
-        methods = ", ".join(sorted({*table, "HEAD", "OPTIONS"}))
+        route = ROUTES.get(route_path(call.request.path)[0])
+        if route is None:
+            raise ApiError("not_found", f"no such route: {call.request.path[:200]}")
+        methods = f"{route.method}, HEAD, OPTIONS"
         if method == "OPTIONS":
+            wished = headers.get("access-control-request-headers", "*")
             cors = {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": "600",
-                    "Access-Control-Allow-Headers": headers.get("access-control-request-headers",
-                                                                "*")} if origin else {}
+                    "Access-Control-Allow-Headers": wished} if origin else {}
             call.status = 204
             await call.connection.send(204, {**call.headers, "Allow": methods, **cors})
             return None
-        route = table.get("GET" if method == "HEAD" else method)
-        if route is None and method != "HEAD":
+        if method not in (route.method, "HEAD"):
             call.headers["Allow"] = methods
             raise ApiError("method_not_allowed", f"{method} is not served here; use {methods}")
-        if route is None or not route.public:
+        if not route.public:
             call.receipt.caller = check_key(headers, self.settings.api_key)
-        if route is None:                   # HEAD of what is only posted: a probe
-            await call.send(200, {})
+        if method == "HEAD" and route.method == "POST":     # a probe
+            return await call.send(200, {})
         return route
 
-    async def _fail(self, call: Call, error: ApiError) -> None:
+    async def _fail(self, call: Call, error: ApiError, now: float) -> None:
         """Tell of a failure: a status before the first event, the dialect's own error after it."""
         call.status, call.failure = error.status, error.message
+        if call.connection.head_sent and call.turn is not None and not call.message.done:
+            event = {**call.dialect.error(error), "type": "error"}
+            call.write(call.dialect.frames(call.message, event), now)
+            call.connection.end()
         if call.connection.head_sent:
-            if call.turn is not None and not call.message.done:
-                Answer(call, math.inf).fail(error)
             return
         if error.retry_after is not None:
             call.headers["Retry-After"] = str(error.retry_after)
         if error.status == 401:
             call.headers["WWW-Authenticate"] = "Bearer"
         envelope = call.dialect.error(error) if call.dialect else plain_error(error)
-        await call.send(error.status, {**envelope, "request_id": call.request_id})
+        await call.send(error.status, {**envelope, "request_id": call.name})
 
     async def refuse(self, connection: Connection, error: ApiError) -> None:
         """Answer what was no request."""
@@ -2742,68 +2545,83 @@ class App:
         kind = call.request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError("unsupported_media_type", "Content-Type: expected application/json")
-        turn = call.dialect.parse(parse_json(
-            await call.connection.read_body(self.settings.max_body)))
-        call.receipt.ignored = turn.ignored
+        body = parse_json(await call.connection.read_body(self.settings.max_body))
+        turn = call.dialect.parse(body)
+        call.receipt.ignored = list(turn.ignored)
         return turn
+
+    async def _within_deadline(self, work: Any) -> Any:
+        try:
+            return await asyncio.wait_for(work, self.settings.request_timeout)
+        except asyncio.TimeoutError:
+            raise ApiError("timeout", "the request took longer than "
+                           f"{self.settings.request_timeout:g} s (--request-timeout)") from None
 
     # -- routes
 
     async def _answer(self, call: Call) -> None:
         """A model's answer, whole or streamed."""
-        turn = call.turn = await self._parse(call)
-        call.message = Message(secrets.token_hex(14), turn.model, int(time.time()), turn.wants)
-        answer = Answer(call, self.settings.heartbeat)
+        call.turn = await self._parse(call)
+        call.message = Message(secrets.token_hex(14), call.turn.model, int(time.time()),
+                               call.turn.wants)
+        beating = asyncio.ensure_future(self._beat(call)) if call.turn.stream else None
         try:
-            await asyncio.wait_for(self._play(turn, answer), self.settings.request_timeout)
-        except asyncio.TimeoutError:
-            raise ApiError("timeout", "the turn took longer than "
-                           f"{self.settings.request_timeout:g} s (--request-timeout)") from None
+            await self._within_deadline(self._play(call))
         finally:
-            answer.stop()
+            call.connection.heartbeat = None
+            if beating:
+                beating.cancel()
 
-    async def _play(self, turn: Turn, answer: Answer) -> None:
-        events = self.conversations.events(turn, answer.call.message, answer.call.receipt)
+    async def _play(self, call: Call) -> None:
+        clock = asyncio.get_running_loop().time
+        bursts = self.conversations.events(call.turn, call.message, call.receipt)
         try:
-            async for burst in events:
-                await answer.give(burst)
+            async for events in bursts:
+                await call.give(events, clock())
         finally:
-            await events.aclose()
+            await bursts.aclose()
+
+    async def _beat(self, call: Call) -> None:
+        """A heartbeat whenever a stream has been silent for long, also before its first event."""
+        clock, call.written_at = asyncio.get_running_loop().time, call.started
+        call.connection.heartbeat = lambda: call.ping(clock())
+        while call.connection.heartbeat:
+            left = call.written_at + self.settings.heartbeat - clock()
+            await asyncio.sleep(max(0.001, left))
+            if left <= 0 and call.connection.heartbeat:
+                call.connection.heartbeat()
 
     async def _count(self, call: Call) -> None:
         turn = await self._parse(call)
-        try:
-            tokens = await asyncio.wait_for(self.conversations.count(turn),
-                                            self.settings.request_timeout)
-        except asyncio.TimeoutError:
-            raise ApiError("timeout", "counting took too long") from None
+        tokens = await self._within_deadline(self.conversations.count(turn))
         await call.send(200, {"input_tokens": tokens})
 
-    async def _models(self, call: Call) -> None:
-        """One reply that both SDK families read."""
-        entries = self._entries(await self.conversations.known_models())
-        await call.send(200, {"object": "list", "data": entries, "has_more": False, **{
-            name: entries[at]["id"] if entries else None
-            for name, at in (("first_id", 0), ("last_id", -1))}})
-
-    async def _model(self, call: Call) -> None:
-        wanted = call.path[len("/models/"):]
-        for entry in self._entries(await self.conversations.known_models()):
-            if entry["id"] == wanted:
-                return await call.send(200, entry)
-        raise ApiError("not_found", f"no model is named {wanted[:100]!r}; GET /v1/models lists them",
-                       param="model")
-
-    def _entries(self, models: List[dict]) -> List[dict]:
-        """What the CLI reports, by name and by full id, and the names that --models maps."""
-        named = {name: model.get("displayName") or name for model in reversed(models)
-                 for name in (model.get("value"), model.get("resolvedModel")) if name}
+    async def _entries(self) -> List[dict]:
+        """Models: what the CLI reports, by name and by full id, and the names that --models maps."""
+        named: Dict[str, str] = {}
+        for model in await self.conversations.known_models():
+            for name in filter(None, (model.get("value"), model.get("resolvedModel"))):
+                named.setdefault(name, model.get("displayName") or name)
         named.update({name: named.get(target, target) for name, target in
                       self.settings.models.items() if not set("*?[") & set(name)})
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
         return [{"id": name, "object": "model", "type": "model", "display_name": shown, "owned_by":
-                 "anthropic", "created": int(self._started), "created_at": since}
+                 "anthropic", "created": self._started, "created_at": since}
                 for name, shown in named.items()]
+
+    async def _models(self, call: Call) -> None:
+        """One reply that both SDK families read."""
+        entries = await self._entries()
+        await call.send(200, {"object": "list", "data": entries, "has_more": False, "first_id":
+                              entries[0]["id"], "last_id": entries[-1]["id"]})
+
+    async def _model(self, call: Call) -> None:
+        wanted = route_path(call.request.path)[1]
+        entry = next((entry for entry in await self._entries() if entry["id"] == wanted), None)
+        if entry is None:
+            raise ApiError("not_found", f"no model is named {wanted[:100]!r}; GET /v1/models lists "
+                           "them", param="model")
+        await call.send(200, entry)
 
     async def _about(self, call: Call) -> None:
         await call.send(200, {"name": "ccproxy", "openai_base_url": f"{self.url}/v1",
@@ -2821,34 +2639,17 @@ class App:
 
     async def _status(self, call: Call) -> None:
         talk = self.conversations
-        parked = sum(1 for claude in talk.idle.values() if claude.awaited)
-        spare, idle = len(talk.spares), len(talk.idle) - parked
+        parked = sum(bool(claude.awaited) for claude in talk.idle.values())
         await call.send(200, {
             "version": __version__, "claude": talk.version, "trouble": talk.trouble or None,
-            "backend": "chat", "uptime_s": round(time.time() - self._started),
+            "backend": "chat", "uptime_s": int(time.time()) - self._started,
             "connections": len(self.server.connections), "processes": {
-                "all": len(talk.fleet), "spare": spare, "idle": idle, "parked": parked,
-                "busy": len(talk.fleet) - spare - idle - parked}})
-
-
-def plain_error(error: ApiError) -> dict:
-    """The envelope outside of a dialect: readable by both SDK families."""
-    return {"type": "error", "error": {**chat_error(error)["error"],
-                                       **messages_error(error)["error"]}}
+                "all": len(talk.fleet), "spare": len(talk.spares), "parked": parked,
+                "idle": len(talk.idle) - parked}})
 
 
 # == 11. Commands ==================================================================================
 # The command line: serve, doctor, version, the stand-in; and the two ways in for importers.
-
-async def serve_until(app: App, stop: asyncio.Event, ready: Callable[[], None]) -> None:
-    """Serve until `stop` is set, then drain; no child process is left."""
-    await app.start()
-    try:
-        ready()
-        await stop.wait()
-    finally:
-        await app.stop()
-
 
 def serve(settings: Optional[Settings] = None) -> None:
     """Serve until Ctrl-C or SIGTERM.  OSError if the port is taken, ConfigError if one is off."""
@@ -2869,11 +2670,8 @@ def serve(settings: Optional[Settings] = None) -> None:
                 settings.drain_timeout = 0
             loop.call_soon_threadsafe(stop.set)
         for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                loop.add_signal_handler(number, on_signal)
-            except NotImplementedError:     # Windows
-                signal.signal(number, on_signal)
-        await serve_until(app, stop, announce)
+            signal.signal(number, on_signal)
+        await app.serve(stop, announce)
     asyncio.run(main())
 
 
@@ -2888,16 +2686,13 @@ def running(**values: Any) -> Iterator[str]:
 
     async def main() -> None:
         state["loop"], state["stop"] = asyncio.get_running_loop(), asyncio.Event()
-        await serve_until(app, state["stop"], up.set)
-
-    def body() -> None:
         try:
-            asyncio.run(main())
+            await app.serve(state["stop"], up.set)
         except BaseException as exc:        # raised again below, in the caller's thread
             state["error"] = exc
         finally:
             up.set()
-    thread = threading.Thread(target=body, name="ccproxy", daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(main()), name="ccproxy", daemon=True)
     thread.start()
     up.wait()
     if "error" in state:
@@ -2911,234 +2706,186 @@ def running(**values: Any) -> Iterator[str]:
 
 async def examine(settings: Settings, deep: bool) -> bool:
     """Print what a request depends on; False if one would fail, with the next command to run."""
-    def report(good: bool, text: str, remedy: str = "") -> bool:
-        print(f"{'ok  ' if good else 'FAIL'}  {text}" + f"\n      next: {remedy}" * (not good))
-        return good
     talk, started = Conversations(settings), time.perf_counter()
     await talk.start()
     try:
-        report(True, f"Python {sys.version.split()[0]}")
+        print(f"ok    Python {sys.version.split()[0]}")
         command = await talk.command()
-        report(True, f"claude {talk.version} at {' '.join(command)}")
+        print(f"ok    claude {talk.version} at {' '.join(command)}")
         models = await talk.known_models()
-        report(True, f"handshake after {time.perf_counter() - started:.2f} s")
-        source = [str(v) for k, v in talk.account.items() if k in (
-            "email", "tokenSource", "apiKeySource", "apiProvider") and v not in (
-                None, "none", "firstParty")]
-        good = report(bool(source), f"login: {', '.join(source) or 'none'}",
-                      "claude auth login, or set ANTHROPIC_API_KEY")
-        report(True, "models: " + ", ".join(" = ".join(filter(None, (
+        print(f"ok    handshake after {time.perf_counter() - started:.2f} s")
+        login = {talk.account.get(name) for name in ("email", "tokenSource", "apiKeySource",
+                                                     "apiProvider")} - {None, "none", "firstParty"}
+        print("ok    models: " + ", ".join(" = ".join(filter(None, (
             m.get("value"), m.get("resolvedModel")))) for m in models))
-        if good and deep:
+        if not login:
+            raise ApiError("invalid_api_key", "nobody is logged in")
+        print(f"ok    login: {', '.join(sorted(login))}")
+        if deep:
             hello = {"role": "user", "content": [{"type": "text", "text": "Answer: yes"}]}
             message, started = Message("", settings.model, 0), time.perf_counter()
-            async for burst in talk.events(Turn(settings.model, (hello,)), message, Receipt()):
-                for event in burst:
+            async for events in talk.events(Turn(settings.model, (hello,)), message, Receipt()):
+                for event in events:
                     message.add(event)
-            report(True, f"one turn in {time.perf_counter() - started:.2f} s: "
-                   f"{message.said('text')[:60]!r}")
-        return good
+            print(f"ok    one turn in {time.perf_counter() - started:.2f} s: "
+                  f"{message.said('text')[:60]!r}")
+        return True
     except ApiError as error:
-        return report(False, error.message, error.message.rpartition(": ")[2] if INSTALL in
-                      error.message else "claude -p hello")
+        remedy = re.search(r": (npm .*)", error.message)
+        print(f"FAIL  {error.message}\n      next: " + (remedy.group(1) if remedy else
+              "claude auth login, or set ANTHROPIC_API_KEY" if error.status == 401 else
+              "claude -p hello"))
+        return False
     finally:
         await talk.stop()
 
 
 # -- the stand-in: a CLI of a few words, for a first try and for tests of clients without a token
 
-STAND_IN_HELP = """\
-The stand-in answers with the user's last words, and obeys these:
-  /call NAME {json}   call a tool of the client (several lines: several calls)
-  /think              think first, with a signature
-  /error STATUS       fail as the API would (429, 529, ...)
-  /slow               answer a word every 0.1 s
-  /long N             answer with N words"""
-
-
 def sample(schema: dict, root: dict) -> Any:
     """A smallest value for a JSON schema: what the stand-in answers when one is set."""
+    for word in ("anyOf", "oneOf", "allOf", "enum"):
+        if schema.get(word):
+            return schema[word][0] if word == "enum" else sample(schema[word][0], root)
     if "$ref" in schema:
-        target: Any = root
-        for part in schema["$ref"].lstrip("#/").split("/"):
-            target = target[part]
-        return sample(target, root)
-    for word in ("const", "enum", "anyOf", "oneOf", "allOf"):
-        if word in schema:
-            first = schema[word] if word == "const" else schema[word][0]
-            return first if word in ("const", "enum") else sample(first, root)
+        return sample(root[schema["$ref"].split("/")[1]][schema["$ref"].split("/")[2]], root)
     kind = schema.get("type", "object")
     kind = kind[0] if isinstance(kind, list) else kind
     if kind == "object":
         return {name: sample(inner, root) for name, inner in schema.get("properties", {}).items()}
     if kind == "array":
-        return [sample(schema.get("items") or {"type": "string"}, root)] * schema.get("minItems", 1)
-    return {"string": "text", "integer": schema.get("minimum", 1), "boolean": True,
-            "number": schema.get("minimum", 1.5)}.get(kind)
+        return [sample(schema.get("items") or {}, root)] * schema.get("minItems", 1)
+    number = schema.get("minimum", 1)
+    return schema.get("const", {"string": "text", "boolean": True, "null": None}.get(kind, number))
 
 
-class StandIn:
-    """Speaks the CLI's protocol on stdin and stdout, with a model of a few words."""
+def stand_in() -> None:
+    """The stand-in answers with the user's last words, and obeys these:
 
-    def __init__(self) -> None:
-        self.schema: Optional[dict] = None
-        self.history: List[dict] = []
-        self.calls: List[dict] = []                 # tool_use blocks whose results are due
-        self.extra: dict = {}
+    /call NAME {json}   call a tool of the client (several lines: several calls)
+    /think              think first, with a signature
+    /error STATUS       fail as the API would (429, 529, ...)
+    /slow               answer a word every 0.1 s
+    /long N             answer with N words
+    """
+    schema: Optional[dict] = None
+    history: List[dict] = []
+    calls: List[dict] = []                  # tool_use blocks whose results are due
 
-    def put(self, kind: str, **line: Any) -> None:
+    def put(kind: str, **line: Any) -> None:
         print(json.dumps({"type": kind, **line}), flush=True)
 
-    def event(self, kind: str, **fields: Any) -> None:
-        self.put("stream_event", event={"type": kind, **fields})
+    def event(kind: str, **fields: Any) -> None:
+        put("stream_event", event={"type": kind, **fields})
 
-    def run(self) -> None:
-        for text in iter(sys.stdin.readline, ""):
-            line = json.loads(text)
-            if line["type"] == "control_request":
-                self.control(line["request_id"], line["request"])
-            elif line["type"] == "control_response":
-                self.take_result(line["response"]["response"]["mcp_response"]["result"])
-            elif line["type"] == "assistant":
-                self.history.append(line["message"])
-            elif line["type"] == "user":
-                self.history += [line["message"]] * bool(line["message"]["content"])
-                self.put("system", subtype="init", model="echo-1",
-                         tools=[ANSWER] if self.schema is not None else [])
-                self.answer() if line.get("shouldQuery", True) else self.result()
-
-    def control(self, request_id: str, request: dict) -> None:
-        answer: dict = {}
-        if request["subtype"] == "initialize":
-            self.schema = request.get("jsonSchema")
-            answer = {"account": {"tokenSource": "stand-in"}, "models": [
-                {"value": name, "resolvedModel": "echo-1", "displayName": "Echo"}
-                for name in ("default", "echo")]}
-        elif request["subtype"] == "apply_flag_settings":
-            self.extra = json.loads(request["settings"]["env"]["CLAUDE_CODE_EXTRA_BODY"])
-        elif request["subtype"] == "get_context_usage":
-            answer = {"totalTokens": len(json.dumps(self.history)) // 4}
-        self.put("control_response", response={"subtype": "success", "request_id": request_id,
-                                               "response": answer})
-
-    def result(self, **fields: Any) -> None:
-        self.put("result", **{"subtype": "success", "is_error": False, "total_cost_usd": 0,
-                              **fields})
-
-    def block(self, index: int, start: dict, deltas: List[dict], pause_s: float = 0) -> None:
-        self.event("content_block_start", index=index, content_block=start)
-        for delta in deltas:
+    def block(index: int, start: dict, kind: str, pieces: List[str], pause_s: float = 0) -> None:
+        event("content_block_start", index=index, content_block=start)
+        for piece in pieces:
             time.sleep(pause_s)
-            self.event("content_block_delta", index=index, delta=delta)
-        self.event("content_block_stop", index=index)
+            event("content_block_delta", index=index, delta={"type": kind, DELTAS[kind][0]: piece})
+        if start["type"] == "thinking":
+            delta = {"type": "signature_delta", "signature": "c3RhbmQtaW4="}
+            event("content_block_delta", index=index, delta=delta)
+        event("content_block_stop", index=index)
 
-    def last_words(self) -> str:
-        content = self.history[-1]["content"]
-        texts = [b["text"] for b in content if b["type"] == "text"]
-        parts = [p for b in content if b["type"] == "tool_result" for p in b.get("content") or []]
-        return "".join(texts) or " ".join(p.get("text", f"[{p['type']}]") for p in parts)
+    def finish(content: List[dict], reason: str, made: int) -> None:
+        history.append({"role": "assistant", "content": content})
+        event("message_delta", delta={"stop_reason": reason, "stop_sequence": None},
+              usage={"output_tokens": made})
+        event("message_stop")
 
-    def answer(self) -> None:
-        said, index = self.last_words(), 0
-        failure = re.search(r"/error (\d{3})", said)
+    def result(**fields: Any) -> None:
+        put("result", **{"is_error": False, "total_cost_usd": 0, **fields})
+
+    def ask_next() -> None:
+        call = calls[len(history[-1]["content"])]
+        params = {"name": call["name"], "_meta": {"claudecode/toolUseId": call["id"]}}
+        put("control_request", request_id=call["id"], request={
+            "subtype": "mcp_message", "message": {"id": 1, "method": "tools/call", "params": params}})
+
+    def answer() -> None:
+        parts = [part for b in history[-1]["content"] for part in (
+            b["content"] if b["type"] == "tool_result" else [b])]
+        said = " ".join(p.get("text", f"[{p['type']}]") for p in parts).replace("/ ", "/", 1)
+        failure, thinking = re.search(r"/error (\d{3})", said), "/think" in said
         if failure:
-            status, text = int(failure.group(1)), "the stand-in was told to fail"
-            self.put("assistant", error="unknown", message={"model": "<synthetic>", "content": [
-                {"type": "text", "text": f"API Error: {status} {text}"}]})
-            return self.result(is_error=True, api_error_status=status)
-        self.event("message_start", message={
-            "id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant", "model":
-            "echo-1", "content": [], "stop_reason": None, "stop_sequence": None,
-            "usage": {"input_tokens": len(json.dumps(self.history)) // 4, "output_tokens": 1}})
-        if "/think" in said:
-            self.block(0, {"type": "thinking", "thinking": "", "signature": ""}, [
-                {"type": "thinking_delta", "thinking": "They want me to think."},
-                {"type": "signature_delta", "signature": "c3RhbmQtaW4="}])
-            index = 1
-        calls = re.findall(r"/call (\S+) (\{.*\})", said)
-        if self.schema is not None:
-            calls = [(ANSWER, json.dumps(sample(self.schema, self.schema)))]
-        self.call(index, calls) if calls else self.speak(index, said)
+            return result(is_error=True, api_error_status=int(failure.group(1)),
+                          result=f"API Error: {failure.group(1)} the stand-in was told to fail")
+        event("message_start", message={
+            "id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant",
+            "model": "echo-1", "content": [], "stop_reason": None, "stop_sequence": None,
+            "usage": {"input_tokens": len(json.dumps(history)) // 4, "output_tokens": 1}})
+        if thinking:
+            start = {"type": "thinking", "thinking": "", "signature": ""}
+            block(0, start, "thinking_delta", ["They want ", "me to think."])
+        wanted = re.findall(r"/call (\S+) (\{.*\})", said)
+        if schema is not None:
+            wanted = [(ANSWER, json.dumps(sample(schema, schema)))]
+        calls[:] = [{"type": "tool_use", "id": "toolu_" + secrets.token_hex(12), "name": name,
+                     "input": parse_input(text)} for name, text in wanted]
+        for at, call in enumerate(calls):
+            pieces = re.findall("(?s).{1,12}", json.dumps(call["input"]))
+            block(at + thinking, {**call, "input": {}}, "input_json_delta", pieces)
+        if not calls:
+            long = re.search(r"/long (\d{1,6})", said)
+            spoken = [f"word{n}" for n in range(int(long.group(1)))] if long else said.split(" ")
+            block(thinking, {"type": "text", "text": ""}, "text_delta", [
+                " " * bool(n) + word for n, word in enumerate(spoken)], 0.1 * ("/slow" in said))
+            finish([{"type": "text", "text": " ".join(spoken)}], "end_turn", len(spoken))
+            return result()
+        finish(list(calls), "tool_use", 8 * len(calls))
+        history.append({"role": "user", "content": []})
+        if schema is None:
+            return ask_next()
+        put("user", message={"content": [{"tool_use_id": calls[0]["id"], "content": "ok"}]})
+        result()
 
-    def call(self, index: int, calls: List[Tuple[str, str]]) -> None:
-        self.calls = []
-        for at, (name, text) in enumerate(calls, index):
-            block = {"type": "tool_use", "id": "toolu_" + secrets.token_hex(12), "name": name}
-            self.block(at, {**block, "input": {}}, [
-                {"type": "input_json_delta", "partial_json": text[n:n + 12]}
-                for n in range(0, len(text), 12)])
-            self.calls.append({**block, "input": parse_input(text)})
-        self.finish("tool_use", None, 8 * len(calls))
-        if self.schema is not None:
-            self.put("user", message={"role": "user", "content": [
-                {"type": "tool_result", "tool_use_id": self.calls[0]["id"], "content": "ok"}]})
-            return self.result()
-        self.history += [{"role": "assistant", "content": self.calls}, {"role": "user", "content": []}]
-        self.ask_next()
-
-    def ask_next(self) -> None:
-        done = len(self.history[-1]["content"])
-        self.put("control_request", request_id=secrets.token_hex(8), request={
-            "subtype": "mcp_message", "server_name": SERVER, "message": {
-                "jsonrpc": "2.0", "id": done + 1, "method": "tools/call", "params": {
-                    "name": self.calls[done]["name"], "arguments": self.calls[done]["input"],
-                    "_meta": {"claudecode/toolUseId": self.calls[done]["id"]}}}})
-
-    def take_result(self, result: dict) -> None:
-        results = self.history[-1]["content"]
-        results.append({"type": "tool_result", "content": result["content"],
-                        "tool_use_id": self.calls[len(results)]["id"]})
-        self.ask_next() if len(results) < len(self.calls) else self.answer()
-
-    def speak(self, index: int, said: str) -> None:
-        long = re.search(r"/long (\d{1,6})", said)
-        answer = [f"word{n}" for n in range(int(long.group(1)))] if long else said.split(" ")
-        reason, sequence = "end_turn", None
-        if len(answer) > self.extra.get("max_tokens", math.inf):
-            answer, reason = answer[:self.extra["max_tokens"]], "max_tokens"
-        for stop in self.extra.get("stop_sequences", []):
-            if stop in " ".join(answer):
-                answer = " ".join(answer).partition(stop)[0].split(" ")
-                reason, sequence = "stop_sequence", stop
-        self.block(index, {"type": "text", "text": ""}, [
-            {"type": "text_delta", "text": " " * bool(n) + word} for n, word in enumerate(answer)],
-            0.1 if "/slow" in said else 0)
-        self.history.append({"role": "assistant", "content": [
-            {"type": "text", "text": " ".join(answer)}]})
-        self.finish(reason, sequence, len(answer))
-        self.result()
-
-    def finish(self, reason: str, sequence: Optional[str], made: int) -> None:
-        self.event("message_delta", delta={"stop_reason": reason, "stop_sequence": sequence},
-                   usage={"output_tokens": made})
-        self.event("message_stop")
+    for line in map(json.loads, iter(sys.stdin.readline, "")):
+        request = line.get("request") or {}
+        if request:
+            models = [{"value": value, "resolvedModel": "echo-1"} for value in ("default", "echo")]
+            schema = request.get("jsonSchema", schema)
+            put("control_response", response={"subtype": "success", "request_id": line["request_id"],
+                "response": {"models": models, "account": {"tokenSource": "stand-in"},
+                             "totalTokens": len(json.dumps(history)) // 4}})
+        elif line["type"] == "control_response":
+            results = history[-1]["content"]
+            results.append({**line["response"]["response"]["mcp_response"]["result"],
+                            "type": "tool_result", "tool_use_id": calls[len(results)]["id"]})
+            ask_next() if len(results) < len(calls) else answer()
+        elif line["message"]["content"]:
+            history.append(line["message"])
+        if line["type"] == "user":
+            put("system", subtype="init", model="echo-1", tools=[ANSWER] * (schema is not None))
+            answer() if line.get("shouldQuery", True) else result()
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    """Help that teaches: this module's docstring, the options, the stand-in's words.
+
+    Each option may also stand in the environment (CCPROXY_PORT=9000), in .env, or in ccproxy.toml
+    or ccproxy.json (port = 9000); flags win, then in this order.  To paste:
+
+    python ccproxy.py --claude echo
+    curl localhost:8082/v1/chat/completions -H content-type:application/json \\
+         -d '{"model": "sonnet", "messages": [{"role": "user", "content": "hi"}]}'
+    ANTHROPIC_BASE_URL=http://127.0.0.1:8082 ANTHROPIC_API_KEY=any python my_script.py
+    """
+    own = argument_parser.__doc__.partition("\n\n")[2]
     parser = argparse.ArgumentParser(
         prog="ccproxy.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="The Claude Code CLI of this machine as OpenAI and Anthropic API.\n\n"
-        "verbs:\n  serve     answer requests (what happens without a verb)\n"
-        "  doctor    check the CLI, its login and its models; --deep asks the model once\n"
-        "  version   print the version",
-        epilog="Each option may also stand in the environment (CCPROXY_PORT=9000), in .env, or in\n"
-        "ccproxy.toml / ccproxy.json (port = 9000); flags win, then in this order.\n\nto paste:\n"
-        "  python ccproxy.py --claude echo\n"
-        "  curl localhost:8082/v1/chat/completions -H content-type:application/json \\\n"
-        "       -d '{\"model\": \"sonnet\", \"messages\": [{\"role\": \"user\", \"content\": \"hi\"}]}'\n"
-        "  ANTHROPIC_BASE_URL=http://127.0.0.1:8082 ANTHROPIC_API_KEY=any python my_script.py\n\n"
-        + STAND_IN_HELP)
-    parser.add_argument("verb", nargs="?", default="serve", help=argparse.SUPPRESS,
-                        choices=("serve", "doctor", "version"))
+        description=__doc__.partition("\n\nEvery name")[0], epilog=inspect.cleandoc(own) + "\n\n"
+        + inspect.getdoc(stand_in))
+    parser.add_argument("verb", nargs="?", default="serve", choices=("serve", "doctor", "version"),
+                        help="serve requests (default); check CLI, login and models; print version")
     parser.add_argument("--config", metavar="FILE", help="configuration file, TOML or JSON "
                         "(default: ccproxy.toml, ccproxy.json)")
     parser.add_argument("--deep", action="store_true", help="doctor: ask the model once, too")
-    for option in OPTIONS.values():
-        default = f"default {option.default}, " if option.default not in ("", [], {}) else ""
-        kind = {"nargs": "?", "const": "true"} if option.kind is flag else {}
-        parser.add_argument("--" + option.name.replace("_", "-"), **kind,
-                            metavar=option.name.rpartition("_")[2].upper(),
-                            help=f"{option.help} ({default}CCPROXY_{option.name.upper()})")
+    for name, (default, check, text) in OPTIONS.items():
+        shown = f"default {default}, " if default not in ("", [], {}) else ""
+        kind = {"nargs": "?", "const": "true"} if check is flag else {}
+        parser.add_argument("--" + name.replace("_", "-"), metavar=name.rpartition("_")[2].upper(),
+                            help=f"{text} ({shown}CCPROXY_{name.upper()})", **kind)
     return parser
 
 
@@ -3146,12 +2893,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     """The command line; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["stand-in"]:            # followed by the CLI's own arguments
-        if "--version" in argv:
-            print("{}.{}.{} (stand-in)".format(*CLI_FLOOR))
-        else:
-            StandIn().run()
+        stand_in()
         return 0
-    flags = vars(argument_parser().parse_args(argv))
+    flags, settings = vars(argument_parser().parse_args(argv)), None
     if flags["verb"] == "version":
         print(__version__)
         return 0
@@ -3168,8 +2912,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         say(f"ccproxy: cannot listen on {settings.host}:{settings.port}: "
             f"{error.strerror or error}; choose another with --port")
         return 1
-    except KeyboardInterrupt:
-        return 0
 
 
 if __name__ == "__main__":
