@@ -24,6 +24,7 @@ import contextlib
 import fnmatch
 import hashlib
 import hmac
+import importlib
 import inspect
 import ipaddress
 import json
@@ -115,7 +116,7 @@ def parse_input(text: str) -> Any:
 class Turn:
     """What a caller asks of the model, whatever dialect it asked in."""
     model: str                              # as the caller wrote it; the reply repeats it
-    messages: Tuple[dict, ...] = ()         # Anthropic messages, block lists; the last is the user's
+    messages: Tuple[dict, ...] = ()         # Anthropic's, block lists; the last is the user's
     system: str = ""
     tools: Tuple[dict, ...] = ()            # Anthropic tools, run by the client
     fields: Mapping[str, Any] = field(default_factory=dict)  # Messages fields as is, and `effort`
@@ -146,7 +147,8 @@ class Message:
     calls: int = 0                          # tool_use blocks so far
     openings: int = 0                       # pings and message_start seen: 1 at the first of them
     done: bool = False
-    parts: Optional[Dict[str, List[str]]] = None    # of the open block, joined at its end
+    open: bool = False                      # a block is
+    parts: Dict[str, List[str]] = field(default_factory=dict)   # of its text, joined at its end
 
     def add(self, event: dict) -> None:
         """Fold one event in; types not known yet leave the message as it is."""
@@ -156,17 +158,18 @@ class Message:
             if target:
                 self.parts.setdefault(target, []).append(event["delta"].get(source) or "")
             elif event["delta"].get("type") == "citations_delta":
-                self.content[-1].setdefault("citations", []).append(event["delta"]["citation"])
+                cited = self.content[-1].get("citations") or []
+                self.content[-1]["citations"] = [*cited, event["delta"]["citation"]]
         elif kind == "content_block_start":
             self.content.append(dict(event["content_block"]))
             self.calls += event["content_block"].get("type") == "tool_use"
-            self.parts = {}
+            self.parts, self.open = {}, True
         elif kind == "content_block_stop":
             block = self.content[-1]
             for target, pieces in self.parts.items():
                 block[target] = parse_input("".join(pieces)) if target == "input" else \
                     "".join([block.get(target) or "", *pieces])
-            self.parts = None
+            self.open = False
         elif kind == "message_start":
             self.start = event["message"]
         elif kind == "message_delta":
@@ -272,7 +275,7 @@ OPTIONS: Dict[str, Tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
 
 
 class Settings:
-    """Every option as an attribute:  Settings(port=0, claude="echo").  ConfigError if one is off."""
+    """Every option as an attribute:  Settings(port=0, claude="echo").  ConfigError if not."""
 
     def __init__(self, **values: Any) -> None:
         for name in set(values) - set(OPTIONS):
@@ -286,29 +289,23 @@ class Settings:
             raise ConfigError("tls_cert and tls_key go together")
 
 
-def read_config(path: str) -> Dict[str, Any]:
-    """Settings of a configuration file: JSON, or TOML from Python 3.11.  ConfigError if unreadable."""
+def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    """Flags > CCPROXY_* environment > .env > file (JSON, or TOML from 3.11) > default."""
+    path = flags.get("config") or next(filter(os.path.exists, ("ccproxy.toml", "ccproxy.json")), "")
+    values: Dict[str, Any] = {}
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        if not path.endswith(".toml"):
-            return dict(json.loads(text))
-        import tomllib
-        return tomllib.loads(text)
+        if path:
+            parser = importlib.import_module("tomllib" if path.endswith(".toml") else "json")
+            with open(path, encoding="utf-8") as file:
+                values = dict(parser.loads(file.read()))
     except ImportError:
         raise ConfigError(f"{path}: TOML needs Python 3.11; use ccproxy.json instead") from None
     except (OSError, ValueError, TypeError) as exc:
         raise ConfigError(f"{path}: {exc}") from None
-
-
-def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
-    """Flags > CCPROXY_* environment > .env > configuration file > default."""
-    path = flags.get("config") or next(filter(os.path.exists, ("ccproxy.toml", "ccproxy.json")), "")
-    values, dotenv = read_config(path) if path else {}, {}
+    dotenv: Dict[str, str] = {}
     with contextlib.suppress(OSError), open(".env", encoding="utf-8") as lines:
-        pairs = [line.strip().partition("=") for line in lines]
-        dotenv = {name.replace("export ", "", 1).strip(): value.strip().strip("\"'")
-                  for name, _, value in pairs}
+        for name, _, value in (line.strip().partition("=") for line in lines):
+            dotenv[name.replace("export ", "", 1).strip()] = value.strip().strip("\"'")
     for source in (dotenv, environ):
         values.update({name: source["CCPROXY_" + name.upper()] for name in OPTIONS
                        if source.get("CCPROXY_" + name.upper())})
@@ -323,8 +320,9 @@ def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Setti
 MAX_LINE = 8 * 1024             # bytes of a request line
 MAX_HEAD = 32 * 1024            # bytes of request line and fields together
 MAX_FIELDS = 100
-TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/(\d)\.(\d)")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 
 
 @dataclass
@@ -338,7 +336,7 @@ class Request:
 
     @property
     def keep_alive(self) -> bool:
-        said = [w.strip().lower() for w in self.headers.get("connection", "").split(",")]
+        said = [word.strip() for word in self.headers.get("connection", "").lower().split(",")]
         return "close" not in said and (self.minor > 0 or "keep-alive" in said)
 
 
@@ -350,17 +348,16 @@ def parse_target(target: str, request: Request) -> str:
         target = target[absolute.end():] or "/"
     elif request.minor > 0 and "host" not in request.headers:
         raise ApiError("invalid_request", "header fields: Host is missing")
-    if target == "*" and request.method == "OPTIONS":
-        target = "/"
-    if not target.startswith(("/", "?")):
+    if not target.startswith(("/", "?")) and (target, request.method) != ("*", "OPTIONS"):
         raise ApiError("invalid_request", "request line: malformed target")
-    return urllib.parse.unquote(re.split(r"[?#]", target)[0], errors="replace")
+    path = re.split(r"[?#]", target)[0]
+    return "/" if path == "*" else urllib.parse.unquote(path, errors="replace")
 
 
 def parse_length(request: Request) -> Optional[int]:
     """Body length in bytes, None when chunked.  Two lengths, or an odd one, are refused."""
     coding, length = request.headers.get("transfer-encoding"), request.headers.get("content-length")
-    if coding is None and re.fullmatch(r"[0-9]{1,18}", length or "0", re.ASCII):
+    if coding is None and re.fullmatch(r"[0-9]{1,18}", "0" if length is None else length, re.ASCII):
         return int(length or 0)
     if coding is None or length is not None:
         raise ApiError("invalid_request", "Content-Length: expected one number and no other length")
@@ -370,20 +367,18 @@ def parse_length(request: Request) -> Optional[int]:
 
 
 def parse_head(head: bytes) -> Request:
-    """A request head, through its blank line, as a Request.  ApiError if it is not strictly valid."""
+    """A request head, through its blank line, as a Request.  ApiError if not strictly valid."""
     first, *lines = head[:-4].split(b"\r\n")
+    line, headers = LINE.fullmatch(first), {}
     if len(first) > MAX_LINE:
         raise ApiError("uri_too_long", f"request line: longer than {MAX_LINE} bytes")
     if len(lines) > MAX_FIELDS:
         raise ApiError("headers_too_large", f"header fields: more than {MAX_FIELDS}")
-    line = re.fullmatch(rb"(" + TOKEN.pattern + rb") ([\x21-\x7e]+) HTTP/(\d)\.(\d)", first)
     if not line:
         raise ApiError("invalid_request", "request line: expected METHOD TARGET HTTP/1.1")
     if line.group(3) != b"1":
         raise ApiError("http_version", "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    headers: Dict[str, str] = {}
-    for text in lines:
-        found = FIELD.fullmatch(text)
+    for found in map(FIELD.fullmatch, lines):
         if not found:
             raise ApiError("invalid_request", "header fields: malformed line")
         name = found.group(1).decode("ascii").lower()
@@ -397,19 +392,11 @@ def parse_head(head: bytes) -> Request:
     return request
 
 
-def parse_chunk_size(line: bytes) -> int:
-    """Bytes of the chunk that follows; extensions are read over (RFC 9112, 7.1)."""
-    found = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?\r\n", line)
-    if not found:
-        raise ApiError("invalid_request", "chunked body: malformed chunk size")
-    return int(found.group(1), 16)
-
-
 def response_head(status: int, headers: Mapping[str, str]) -> bytes:
     """Status line and fields.  Whatever a value holds, it cannot end its line."""
     phrase = next((known.phrase for known in HTTPStatus if known == status), "Status")
-    lines = [f"HTTP/1.1 {status} {phrase}"] + [f"{name}: {re.sub('[^ -~]', '?', value)}" for name, value in headers.items()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+    lines = [f"{name}: {re.sub('[^ -~]', '?', value)}\r\n" for name, value in headers.items()]
+    return f"HTTP/1.1 {status} {phrase}\r\n{''.join(lines)}\r\n".encode("ascii")
 
 
 def encode_json(value: Any) -> bytes:
@@ -425,9 +412,9 @@ def sse_frame(value: Any, event: str = "") -> bytes:
 def parse_json(body: bytes) -> dict:
     """A request body as an object.  ApiError names what is wrong with it."""
     def finite(text: str) -> float:
-        if not math.isfinite(float(text)):      # NaN, Infinity, 1e400
-            raise ValueError(f"{text[:20]} is no JSON number")
-        return float(text)
+        if math.isfinite(float(text)):          # neither NaN nor Infinity nor 1e400
+            return float(text)
+        raise ValueError(f"{text[:20]} is no JSON number")
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError) as exc:
@@ -442,7 +429,7 @@ def parse_json(body: bytes) -> dict:
 # that a process exists.  An encoder keeps no state: the fold ran first, it looks at the Message.
 # What dialects share is parsed once, as the union of their words: a Chat body may hold Anthropic's
 # blocks and tools (Cursor sends them), and nobody has to be told which words are whose.
-# To add a field: one row in FIELDS.  To add a dialect: x_frames, x_body, x_error, a row in DIALECTS.
+# To add a field: a row in FIELDS.  To add a dialect: x_frames, x_body, x_error, a row in DIALECTS.
 
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -462,10 +449,15 @@ def refusal(where: str, what: str) -> ApiError:
 
 
 def need(value: Any, where: str, *kinds: type) -> Any:
-    """`value` if it is of one of the kinds; ApiError naming the field if not (a bool is no number)."""
+    """`value` if it is of one of the kinds; a bool is no number.  ApiError names the field."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise refusal(where, "expected " + " or ".join(NAMES[kind] for kind in kinds))
     return value
+
+
+def optional(body: dict, name: str, kind: type, where: str = "") -> Any:
+    """body[name] if it is of the kind; an empty one if it is absent or null."""
+    return kind() if body.get(name) is None else need(body[name], where + name, kind)
 
 
 def one_of(value: Any, where: str, allowed: Any) -> Any:
@@ -476,9 +468,9 @@ def one_of(value: Any, where: str, allowed: Any) -> Any:
 
 def ranged(low: float, high: float, *kinds: type) -> Callable[[Any, str], Any]:
     def check(value: Any, where: str) -> Any:
-        if not low <= need(value, where, *kinds) <= high:
-            raise refusal(where, f"expected {low:g} " + (f"to {high:g}" if high < 1e9 else "or more"))
-        return value
+        if low <= need(value, where, *kinds) <= high:
+            return value
+        raise refusal(where, f"expected {low:g} " + (f"to {high:g}" if high < 1e9 else "or more"))
     return check
 
 
@@ -501,14 +493,14 @@ def media_block(url: Any, where: str, kind: str, title: Any = None) -> dict:
     if not head.startswith("data:") or not head.endswith(";base64"):
         raise refusal(where, "expected an http(s) URL or data:TYPE;base64,DATA")
     source = {"type": "base64", "media_type": media, "data": check_base64(data, where)}
+    if media in IMAGES:
+        return {"type": "image", "source": source}
     if kind == "document" and re.match("text/|application/json", media):
         text = base64.b64decode(data).decode("utf-8", "replace")
         source = {"type": "text", "media_type": "text/plain", "data": text}
-    elif media not in (*IMAGES, "application/pdf") or (kind == "image" and media not in IMAGES):
-        raise refusal(where, f"cannot use {media or 'that'}; expected {', '.join(IMAGES)}"
-                      + " or a PDF or text" * (kind == "document"))
-    return {"type": "image", "source": source} if media in IMAGES else {
-        "type": kind, "source": source, **named}
+    elif kind == "image" or media != "application/pdf":
+        raise refusal(where, f"cannot use {media!r}; expected a PDF, a text or {', '.join(IMAGES)}")
+    return {"type": kind, "source": source, **named}
 
 
 def clean_id(value: Any, where: str) -> str:
@@ -518,28 +510,32 @@ def clean_id(value: Any, where: str) -> str:
     return "toolu_" + hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()[:24]
 
 
-def parse_part(part: dict, where: str) -> dict:
+def parse_part(part: Any, where: str) -> dict:
     """One content part of any dialect as an Anthropic block."""
-    kind = need(part.get("type"), where + ".type", str)
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = need(need(part, where, dict).get("type"), where + ".type", str)
     if kind in ("text", "input_text", "output_text", "refusal"):
         name = "refusal" if kind == "refusal" else "text"
         return {"type": "text", "text": need(part.get(name), f"{where}.{name}", str)}
     if kind in ("image_url", "input_image"):
-        value = part.get("image_url")
-        return media_block(value.get("url") if isinstance(value, dict) else value,
-                           where + ".image_url", "image")
+        url, where = part.get("image_url"), where + ".image_url"
+        return media_block(url.get("url") if isinstance(url, dict) else url, where, "image")
     if kind in ("file", "input_file"):
-        file = need(part.get("file", part), where + ".file", dict)
-        return media_block(file.get("file_data") or file.get("file_url"), where + ".file_data",
-                           "document", file.get("filename"))
+        file, where = need(part.get("file", part), where + ".file", dict), where + ".file_data"
+        return media_block(file.get("file_data") or file.get("file_url"), where, "document",
+                           file.get("filename"))
     if kind in ("image", "document"):
         source, where = need(part.get("source"), where + ".source", dict), where + ".source"
-        if one_of(source.get("type"), where + ".type", ("base64", "url", "text", "content")) == "url":
+        types = ("base64", "url") + ("text", "content") * (kind == "document")
+        if one_of(source.get("type"), where + ".type", types) == "url":
             media_block(source.get("url"), where + ".url", kind)
         elif source["type"] == "base64":
             check_base64(source.get("data"), where + ".data")
             one_of(source.get("media_type"), where + ".media_type",
                    IMAGES if kind == "image" else ("application/pdf",))
+        elif source["type"] == "text":
+            need(source.get("data"), where + ".data", str)
     elif kind == "tool_use":
         return {"type": kind, "id": clean_id(part.get("id"), where + ".id"),
                 "name": need(part.get("name"), where + ".name", str),
@@ -557,9 +553,8 @@ def parse_parts(content: Any, where: str) -> List[dict]:
     """String, null or array of parts as Anthropic blocks."""
     if content is None or isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
-    return [{"type": "text", "text": part} if isinstance(part, str) else parse_part(
-        need(part, f"{where}[{at}]", dict), f"{where}[{at}]")
-        for at, part in enumerate(need(content, where, str, list))]
+    parts = enumerate(need(content, where, str, list))
+    return [parse_part(part, f"{where}[{at}]") for at, part in parts]
 
 
 def parse_text(content: Any, where: str) -> str:
@@ -572,46 +567,24 @@ def parse_text(content: Any, where: str) -> str:
 
 def parse_calls(item: dict, where: str, called: Dict[str, str]) -> List[dict]:
     """Chat's tool_calls and old-style function_call of an assistant message as tool_use blocks."""
-    calls = list(need(item.get("tool_calls") or [], where + ".tool_calls", list))
-    old = need(item.get("function_call") or {}, where + ".function_call", dict)
+    calls, blocks = list(optional(item, "tool_calls", list, where + ".")), []
+    old = optional(item, "function_call", dict, where + ".")
     if old:
         called[str(old.get("name"))] = f"call_{where}"
         calls.append({"id": f"call_{where}", "function": old})
-    blocks = []
     for spot, call in ((f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)):
         function = need(need(call, spot, dict).get("function"), spot + ".function", dict)
         said = function.get("arguments") or {}
-        said = parse_input(said.strip()) if isinstance(said, str) else said
+        said = need(parse_input(said.strip()) if isinstance(said, str) else said,
+                    spot + ".function.arguments", dict)
         blocks.append(parse_part({"type": "tool_use", "id": call.get("id"), "input": said,
                                   "name": function.get("name")}, spot))
     return blocks
 
 
-def parse_history(items: Any) -> Tuple[str, Tuple[dict, ...]]:
-    """Messages of any dialect as (system text, Anthropic messages); system text may stand anywhere."""
-    system, turns, called = [], [], {}      # called: function name -> id of its last old-style call
-    for at, item in enumerate(need(items, "messages", list)):
-        where = f"messages[{at}]"
-        role = one_of(need(item, where, dict).get("role"), where + ".role", (
-            "user", "assistant", "system", "developer", "tool", "function"))
-        if role in ("tool", "function"):
-            call = called.get(str(item.get("name"))) if role == "function" else item.get(
-                "tool_call_id")
-            if call is None:
-                raise refusal(where + ".tool_call_id", "missing, or no call came before it")
-            result = {**item, "type": "tool_result", "tool_use_id": call}
-            turns.append(("user", [parse_part(result, where)], where))
-        elif role in ("system", "developer"):
-            system.append(parse_text(item.get("content"), where + ".content"))
-        else:
-            calls = parse_calls(item, where, called) if role == "assistant" else []
-            turns.append((role, parse_parts(item.get("content"), where + ".content") + calls, where))
-    return "\n\n".join(filter(None, system)), finish_history(turns)
-
-
 def finish_history(turns: List[Tuple[str, List[dict], str]]) -> Tuple[dict, ...]:
     """(role, blocks, where) as Anthropic messages: neighbours of one role merged, empty text left
-    out, tool results first, every call with its result.  ApiError where the real API would refuse."""
+    out, tool results first, every call with its result.  ApiError where the real API refuses."""
     merged: List[Tuple[str, List[dict], str]] = []
     for role, blocks, where in turns:
         blocks = [b for b in blocks if b["type"] != "text" or b["text"].strip()]
@@ -624,24 +597,44 @@ def finish_history(turns: List[Tuple[str, List[dict], str]]) -> Tuple[dict, ...]
     calls, known = [], set()
     for role, blocks, where in merged:
         results = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
-        missing, extra = sorted(set(calls) - set(results)), sorted(set(results) - set(calls))
         if not blocks:
             raise refusal(where, "content is empty")
-        if missing:
-            raise refusal(where, f"tool call {missing[0]} has no result in the message after it")
-        if extra or len(results) > len(set(results)):
-            raise refusal(where, f"tool result for {(extra or results)[0]} answers no tool call of "
-                          "the message before, or answers it twice")
+        if sorted(results) != sorted(calls):
+            odd = sorted(set(calls) ^ set(results)) or results
+            raise refusal(where, f"tool call {odd[0]} has no result in the message after it"
+                          if odd[0] in calls and odd[0] not in results else
+                          f"the result for {odd[0]} answers no call before, or answers it twice")
         blocks.sort(key=lambda b: b["type"] != "tool_result")
         calls = [b["id"] for b in blocks if b["type"] == "tool_use"]
         if len(set(calls)) < len(calls) or known & set(calls) or (calls and role == "user"):
             raise refusal(where, "tool calls need unique ids, in an assistant's message")
         known.update(calls)
     if not merged or merged[-1][0] == "assistant":
-        where = merged[-1][2] if merged else "messages"
-        raise refusal(where, "the last message has to be the user's, or a tool result: the models "
-                      "take no prefill")
+        raise refusal(merged[-1][2] if merged else "messages", "the last message has to be the "
+                      "user's, or a tool result: the models take no prefill")
     return tuple({"role": role, "content": blocks} for role, blocks, _ in merged)
+
+
+def parse_history(items: Any) -> Tuple[str, Tuple[dict, ...]]:
+    """Messages of any dialect as (system text, Anthropic's); system text may stand anywhere."""
+    system, turns, called = [], [], {}      # called: function name -> id of its last old-style call
+    for at, item in enumerate(need(items, "messages", list)):
+        where = f"messages[{at}]"
+        role = one_of(need(item, where, dict).get("role"), where + ".role", (
+            "user", "assistant", "system", "developer", "tool", "function"))
+        if role in ("tool", "function"):
+            call = item.get("tool_call_id") or called.get(str(item.get("name")))
+            if call is None:
+                raise refusal(where + ".tool_call_id", "missing, or no call came before it")
+            result = {**item, "type": "tool_result", "tool_use_id": call}
+            turns.append(("user", [parse_part(result, where)], where))
+        elif role in ("system", "developer"):
+            system.append(parse_text(item.get("content"), where + ".content"))
+        else:
+            blocks = parse_parts(item.get("content"), where + ".content")
+            blocks += parse_calls(item, where, called) if role == "assistant" else []
+            turns.append((role, blocks, where))
+    return "\n\n".join(filter(None, system)), finish_history(turns)
 
 
 # -- tools and fields
@@ -652,37 +645,34 @@ def parse_tool(tool: dict, where: str) -> dict:
         tool, where = tool["function"], where + ".function"
     if not need(tool.get("name"), where + ".name", str):
         raise refusal(where + ".name", "empty")
-    if tool.get("type") not in (None, "custom", "function"):    # the client's: bash_*, text_editor_*
+    if tool.get("type") not in (None, "custom", "function"):    # typed: bash_*, text_editor_*
         return {k: v for k, v in tool.items() if k != "cache_control"}
     slot = "input_schema" if "input_schema" in tool else "parameters"
-    schema = need(tool.get(slot) or {}, f"{where}.{slot}", dict)
-    known = {"name": tool["name"], "input_schema": {
-        "type": "object", **({} if "type" in schema else {"properties": {}}), **schema}}
-    if tool.get("description") is not None:
-        known["description"] = need(tool["description"], where + ".description", str)
-    return {**known, "strict": True} if tool.get("strict") is True else known
+    schema = optional(tool, slot, dict, where + ".")
+    told = optional(tool, "description", str, where + ".")
+    return {"name": tool["name"], **({"description": told} if told else {}), "input_schema": {
+        "type": "object", **({} if "type" in schema else {"properties": {}}), **schema},
+        **({"strict": True} if tool.get("strict") is True else {})}
 
 
 def parse_tools(body: dict, ignored: Set[str]) -> List[dict]:
-    """`tools` and old-style `functions`; what only the vendor could run is left out and reported."""
-    tools: List[dict] = []
-    for slot in ("tools", "functions"):
-        for at, tool in enumerate(need(body.get(slot) or [], slot, list)):
-            kind = str(need(tool, f"{slot}[{at}]", dict).get("type") or "function")
-            if kind.startswith(SERVER_TOOLS) or (kind == "custom" and "input_schema" not in tool):
-                ignored.add(f"{slot}[{at}].{kind[:40]}")
-            else:
-                tools.append(parse_tool(tool, f"{slot}[{at}]"))
-    names: Set[str] = set()
-    for tool in tools:
-        if tool["name"] in names:
-            raise refusal("tools", f"the name {tool['name'][:64]!r} is there twice")
-        names.add(tool["name"])
-    return tools
+    """`tools` and old-style `functions`; what only the vendor could run is reported instead."""
+    tools: Dict[str, dict] = {}
+    for where, tool in [(f"{slot}[{at}]", tool) for slot in ("tools", "functions")
+                        for at, tool in enumerate(optional(body, slot, list))]:
+        kind = str(need(tool, where, dict).get("type") or "function")
+        if kind.startswith(SERVER_TOOLS) or (kind == "custom" and "input_schema" not in tool):
+            ignored.add(f"{where}.{kind[:40]}")
+            continue
+        parsed = parse_tool(tool, where)
+        if parsed["name"] in tools:
+            raise refusal(where, f"the name {parsed['name'][:64]!r} is there twice")
+        tools[parsed["name"]] = parsed
+    return list(tools.values())
 
 
 def parse_choice(value: Any, where: str) -> dict:
-    """tool_choice in any form ("required", {"type": "function", ...}, Anthropic's) as Anthropic's."""
+    """tool_choice in any form, "required" or {"type": "function", ...}, as Anthropic's."""
     if isinstance(value, str):
         return {"type": CHOICES[one_of(value, where, CHOICES)]}
     kind = one_of(need(value, where, str, dict).get("type", "function"), where + ".type",
@@ -694,13 +684,12 @@ def parse_choice(value: Any, where: str) -> dict:
     return {"type": "tool", "name": need(function.get("name"), where + ".name", str), **single}
 
 
-def finish_choice(choice: Optional[dict], tools: List[dict], parallel: Any) -> Dict[str, dict]:
+def finish_choice(choice: Optional[dict], tools: List[dict], parallel: bool) -> Dict[str, dict]:
     """The choice, fitted to the tools that there are, as fields."""
-    forced = choice is not None and choice["type"] in ("any", "tool")
-    if forced and (not tools or choice.get("name", tools[0]["name"]) not in [
-            tool["name"] for tool in tools]):
+    names = [tool["name"] for tool in tools]
+    if choice and choice["type"] in ("any", "tool") and choice.get("name", *names[:1]) not in names:
         raise refusal("tool_choice", "forces a tool that is not there, or cannot be served")
-    if tools and parallel is False and (choice or {}).get("type") != "none":
+    if tools and not parallel and (choice or {}).get("type") != "none":
         choice = {**(choice or {"type": "auto"}), "disable_parallel_tool_use": True}
     return {"tool_choice": choice} if choice and tools else {}
 
@@ -712,9 +701,8 @@ def parse_stop(value: Any, where: str) -> List[str]:
 
 
 def parse_thinking(value: Any, where: str) -> dict:
-    kind = one_of(need(value, where, dict).get("type"), where + ".type",
-                  ("enabled", "adaptive", "disabled"))
-    if kind == "enabled":
+    kind = need(value, where, dict).get("type")
+    if one_of(kind, where + ".type", ("enabled", "adaptive", "disabled")) == "enabled":
         ranged(1024, 1e9, int)(value.get("budget_tokens"), where + ".budget_tokens")
     return value
 
@@ -732,14 +720,13 @@ def parse_format(value: Any, where: str) -> Optional[dict]:
     if kind != "json_schema":
         return {"type": "object"} if kind == "json_object" else None
     if "json_schema" in value:
-        value, where = need(value["json_schema"], where + ".json_schema", dict), where + ".json_schema"
+        value, where = optional(value, "json_schema", dict, where + "."), where + ".json_schema"
     schema = need(value.get("schema"), where + ".schema", dict)
-    if schema.get("type", "object") != "object":
-        raise refusal(where + ".schema.type", "the root has to be of type object")
+    one_of(schema.get("type", "object"), where + ".schema.type", ("object",))
     return schema
 
 
-FIELDS: Dict[str, Tuple[str, Callable[[Any, str], Any]]] = {    # of a body -> (field of ours, check)
+FIELDS: Dict[str, Tuple[str, Callable[[Any, str], Any]]] = {    # field of a body -> (ours, check)
     "temperature": ("temperature", ranged(0, 2, int, float)),
     "top_p": ("top_p", ranged(0, 1, int, float)), "top_k": ("top_k", ranged(0, 1e9, int)),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), ("max_tokens", ranged(1, 1e9, int))),
@@ -751,24 +738,26 @@ FIELDS: Dict[str, Tuple[str, Callable[[Any, str], Any]]] = {    # of a body -> (
                     ("schema", parse_format)),
     "thinking": ("thinking", parse_thinking),
     "stream": ("stream", lambda value, where: need(value, where, bool)),
+    "parallel_tool_calls": ("parallel", lambda value, where: need(value, where, bool)),
+    "stream_options": ("usage", lambda value, where: optional(
+        need(value, where, dict), "include_usage", bool, where + ".")),
 }
-STRUCTURE = {"model", "messages", "system", "tools", "functions", "parallel_tool_calls",
-             "stream_options", "n", "output_config", "thread"}     # read by parse_body itself
+STRUCTURE = {"model", "messages", "system", "tools", "functions", "n", "output_config", "thread"}
 
 
 def parse_fields(body: dict, ignored: Set[str]) -> Tuple[Dict[str, Any], Dict[str, str]]:
-    """What FIELDS knows of a body as (our fields, their names in the body); the rest is reported."""
+    """What FIELDS knows of a body as (our fields, their names there); the rest is reported."""
     fields, said = {}, {}
-    output = need(body.get("output_config") or {}, "output_config", dict)
-    for name, value in {**body, **{f"output_config.{k}": v for k, v in output.items()}}.items():
+    output = {f"output_config.{k}": v for k, v in optional(body, "output_config", dict).items()}
+    for name, value in {**body, **output}.items():
         if value is None or name in STRUCTURE:
             continue
-        ours, check = FIELDS.get(name, ("", None))
-        checked = check(value, name) if check else None
+        ours, check = FIELDS.get(name, ("", lambda value, where: []))
+        checked = check(value, name)
+        if checked == [] or (ours == "stop_sequences" and checked not in (value, [value])):
+            ignored.add(name)
         if checked not in (None, []):
             fields[ours], said[ours] = checked, name
-        elif not ours or checked == []:
-            ignored.add(name)
     if fields.get("temperature", 0) > 1:    # Anthropic's scale ends at 1
         fields["temperature"] = 1
         ignored.add("temperature")
@@ -785,24 +774,23 @@ def parse_body(body: dict) -> Turn:
     if body.get("thread") is not None:      # anthropic-python's tool_runner falls back on this code
         raise ApiError("invalid_request", "thread: threads are not kept here", param="thread",
                        details={"error_code": "thread_unsupported_request"})
-    if ranged(1, 128, int)(body.get("n") or 1, "n") > 1:
+    if body.get("n") is not None and ranged(1, 128, int)(body["n"], "n") > 1:
         raise refusal("n", "one choice a request; send n requests instead")
     model, ignored = need(body.get("model"), "model", str), set()
     fields, said = parse_fields(body, ignored)
-    top = parse_text(body.get("system"), "system")
     system, messages = parse_history(body.get("messages"))
-    marked = [body.get("system"), body.get("tools"), *(m.get("content") for m in body["messages"])]
-    if any("cache_control" in item for items in marked if isinstance(items, list)
-           for item in items if isinstance(item, dict)):
-        ignored.add("cache_control")        # the CLI caches by itself
+    system = "\n\n".join(filter(None, (parse_text(body.get("system"), "system"), system)))
     tools = parse_tools(body, ignored)
-    fields.update(finish_choice(fields.pop("tool_choice", None), tools,
-                                body.get("parallel_tool_calls")))
-    options = need(body.get("stream_options") or {}, "stream_options", dict)
-    wants = {"usage": options.get("include_usage"), "functions": body.get("functions")}
-    return Turn(model, messages, "\n\n".join(filter(None, (top, system))), tuple(tools), fields,
-                fields.pop("schema", None), fields.pop("stream", False), said,
-                tuple(sorted(ignored)), frozenset(wish for wish in wants if wants[wish]))
+    marked = [body.get("system"), body.get("tools"), *(m.get("content") for m in body["messages"])]
+    if any(isinstance(item, dict) and "cache_control" in item
+           for items in marked if isinstance(items, list) for item in items):
+        ignored.add("cache_control")        # the CLI sets its own marks; more than four are refused
+    wants = {"usage": fields.pop("usage", False), "functions": body.get("functions")}
+    parallel = fields.pop("parallel", True) and not wants["functions"]  # those have but one call
+    fields.update(finish_choice(fields.pop("tool_choice", None), tools, parallel))
+    return Turn(model, messages, system, tuple(tools), fields, fields.pop("schema", None),
+                fields.pop("stream", False), said, tuple(sorted(ignored)),
+                frozenset(wish for wish in wants if wants[wish]))
 
 
 # -- Messages: https://docs.anthropic.com/en/api/messages
@@ -812,7 +800,7 @@ def messages_frames(message: Message, event: dict) -> List[bytes]:
     if event["type"] == "message_start":
         event = {**event, "message": {**event["message"], "model": message.model}}
     frames = [sse_frame(event, event["type"])]
-    if event["type"] == "error" and message.parts is not None:
+    if event["type"] == "error" and message.open:
         stop = {"type": "content_block_stop", "index": len(message.content) - 1}
         frames.insert(0, sse_frame(stop, "content_block_stop"))
     return frames
@@ -842,23 +830,28 @@ def chat_object(message: Message, kind: str, choices: List[dict], **more: Any) -
             "model": message.model, "choices": choices, **more}
 
 
-def chat_chunk(message: Message, delta: dict, finish: Optional[str] = None) -> List[bytes]:
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+def chat_choice(message: Message, name: str, said: dict) -> dict:
+    """The one choice, with the reason why it ended if it has."""
+    finish = CHAT_FINISH.get(message.stop_reason, "stop") if message.stop_reason else None
+    if finish == "tool_calls" and "functions" in message.wants:
+        finish = "function_call"
+    return {"index": 0, name: said, "logprobs": None, "finish_reason": finish}
+
+
+def chat_chunk(message: Message, delta: dict) -> List[bytes]:
     more = {"usage": None} if "usage" in message.wants else {}
-    return [sse_frame(chat_object(message, "chat.completion.chunk", [choice], **more))]
+    return [sse_frame(chat_object(message, "chat.completion.chunk",
+                                  [chat_choice(message, "delta", delta)], **more))]
 
 
 def chat_call(message: Message, function: dict, **more: Any) -> List[bytes]:
-    """A chunk with (a piece of) the tool call that is being written."""
+    """A chunk with (a piece of) the tool call that is being written; the old style has but one."""
+    if message.content[-1].get("type") != "tool_use":
+        return []
     if "functions" in message.wants:
-        return chat_chunk(message, {"function_call": function})
+        return chat_chunk(message, {"function_call": function}) if message.calls == 1 else []
     call = {"index": message.calls - 1, **more, "function": function}
     return chat_chunk(message, {"tool_calls": [call]})
-
-
-def chat_finish(message: Message) -> str:
-    old = message.stop_reason == "tool_use" and "functions" in message.wants
-    return "function_call" if old else CHAT_FINISH.get(message.stop_reason or "", "stop")
 
 
 def chat_usage(message: Message) -> dict:
@@ -872,45 +865,43 @@ def chat_usage(message: Message) -> dict:
 def chat_frames(message: Message, event: dict) -> List[bytes]:
     """What a Chat client is told about `event`; `message` already contains it."""
     kind, delta = event["type"], event.get("delta") or {}
-    if kind == "content_block_delta" and delta.get("type") == "text_delta":
+    if delta.get("type") == "text_delta":
         return chat_chunk(message, {"content": delta["text"]})
-    if kind == "content_block_delta" and delta.get("type") == "thinking_delta":
+    if delta.get("type") == "thinking_delta":
         return chat_chunk(message, {"reasoning_content": delta["thinking"]})
-    if kind == "content_block_delta" and delta.get("partial_json"):
+    if delta.get("partial_json"):
         return chat_call(message, {"arguments": delta["partial_json"]})
     if kind in ("message_start", "ping"):       # the first of them names the role
-        first = message.openings == 1
-        return chat_chunk(message, {"role": "assistant", "content": ""} if first else {})
-    if kind == "content_block_start" and event["content_block"].get("type") == "tool_use":
+        opening = {"role": "assistant", "content": ""}
+        return chat_chunk(message, opening if message.openings == 1 else {})
+    if kind == "content_block_start":
         block = event["content_block"]
-        return chat_call(message, {"name": block["name"], "arguments": ""}, id=block["id"],
+        return chat_call(message, {"name": block.get("name"), "arguments": ""}, id=block.get("id"),
                          type="function")
-    if kind == "content_block_stop" and message.content[-1].get("input") == {}:
+    if kind == "content_block_stop" and not any(message.parts.get("input", [])):
         return chat_call(message, {"arguments": "{}"})      # no piece has come, and "" is no JSON
     if kind == "message_delta":
-        return chat_chunk(message, {}, chat_finish(message))
+        return chat_chunk(message, {})
     if kind == "message_stop":
-        usage = [sse_frame(chat_object(message, "chat.completion.chunk", [],
-                                       usage=chat_usage(message)))]
-        return usage * ("usage" in message.wants) + [sse_frame(b"[DONE]")]
-    if kind == "error":
-        return [sse_frame({"error": event["error"]}), sse_frame(b"[DONE]")]
-    return []
+        usage = chat_object(message, "chat.completion.chunk", [], usage=chat_usage(message))
+        return [sse_frame(usage)] * ("usage" in message.wants) + [sse_frame(b"[DONE]")]
+    return [sse_frame({"error": event["error"]}), sse_frame(b"[DONE]")] if kind == "error" else []
 
 
 def chat_body(message: Message) -> dict:
     calls = [{"id": block["id"], "type": "function", "function": {
         "name": block["name"], "arguments": block["input"] if isinstance(block["input"], str)
-        else json.dumps(block["input"])}} for block in message.content if block["type"] == "tool_use"]
-    answer: Dict[str, Any] = {"role": "assistant", "refusal": None,
-                              "content": message.said("text") or (None if calls else "")}
+        else json.dumps(block["input"])}}
+        for block in message.content if block["type"] == "tool_use"]
+    answer = {"role": "assistant", "refusal": None,
+              "content": message.said("text") or (None if calls else "")}
     if message.said("thinking"):
         answer["reasoning_content"] = message.said("thinking")
     if calls:
         answer.update({"function_call": calls[0]["function"]} if "functions" in message.wants
                       else {"tool_calls": calls})
-    choice = {"index": 0, "message": answer, "logprobs": None, "finish_reason": chat_finish(message)}
-    return chat_object(message, "chat.completion", [choice], usage=chat_usage(message))
+    return chat_object(message, "chat.completion", [chat_choice(message, "message", answer)],
+                       usage=chat_usage(message))
 
 
 def chat_error(error: ApiError) -> dict:
@@ -940,11 +931,17 @@ DIALECTS: Dict[str, Dialect] = {
 
 SERVER = "client"                       # the MCP server under which the client's tools are listed
 ANSWER = "StructuredOutput"             # the CLI's tool for answers that match a schema
+ANSWER_HELP = ("Use this tool to return your final response in the requested structured format. "
+               "You MUST call this tool exactly once at the end of your response.")
 NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
 SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
 PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the caller may decide
 OUTER_ENV = re.compile(r"CLAUDECODE$|CLAUDE_AGENT_|CCPROXY_|CLAUDE_CODE_(?!OAUTH_TOKEN$|USE_\w+$|"
                        r"SKIP_\w+_AUTH$|CLIENT_\w+$)")  # of an outer session, or ours
+CLI_SWITCHES = (
+    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK", "CLAUDE_CODE_DISABLE_FILE_MENTIONS",
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS", "DISABLE_AUTOUPDATER")
 # Words of JSON schema that the CLI's validator (Ajv, draft 7) knows, or that narrow what is valid:
 # it must see those, and refuses a schema that it cannot check.  Others only annotate, but it
 # refuses a whole schema for one unknown word ("format": "date-time", "x-order"): left out.
@@ -969,15 +966,11 @@ def claude_argv(command: List[str], model: str) -> List[str]:
 
 def claude_env(environ: Mapping[str, str], retries: int, patience_s: float) -> Dict[str, str]:
     """The inherited environment without an outer session's, plus what makes the CLI an API."""
-    switches = dict.fromkeys((
-        "CLAUDE_AGENT_SDK_MCP_NO_PREFIX", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
-        "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK", "CLAUDE_CODE_DISABLE_FILE_MENTIONS",
-        "CLAUDE_CODE_DISABLE_ATTACHMENTS", "DISABLE_AUTOUPDATER"), "1")
-    patience = dict.fromkeys(("MCP_TOOL_TIMEOUT", "CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT"),
-                             str(int(patience_s * 1000)))
-    return {**{name: value for name, value in environ.items() if not OUTER_ENV.match(name)},
-            **patience, **switches, "ENABLE_TOOL_SEARCH": "false",
-            "CLAUDE_CODE_MAX_RETRIES": str(retries)}
+    kept = {name: value for name, value in environ.items() if not OUTER_ENV.match(name)}
+    patience = str(int(patience_s * 1000))
+    return {**kept, **dict.fromkeys(CLI_SWITCHES, "1"), "ENABLE_TOOL_SEARCH": "false",
+            "CLAUDE_CODE_MAX_RETRIES": str(retries), "MCP_TOOL_TIMEOUT": patience,
+            "CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT": patience}
 
 
 def parse_version(text: str) -> Tuple[int, ...]:
@@ -1018,6 +1011,7 @@ REFUSABLE: Dict[str, str] = {       # what a turn may set -> how an error messag
     "stop_sequences": r"\bstop_sequences\b", "tool_choice": r"\btool_choice\b",
     "effort": r"\beffort\b", "thinking": r"\bthinking\b"}
 THOUGHTS = ("thinking", "redacted_thinking")
+SINGLE = "disable_parallel_tool_use"
 
 
 def features(turn: Turn) -> Dict[str, str]:
@@ -1025,13 +1019,12 @@ def features(turn: Turn) -> Dict[str, str]:
 
     {"temperature": "temperature", "thinking": "thinking.disabled", "tool_choice": "tool_choice"}
     """
-    found = {name: name for name in (*SAMPLING, "stop_sequences") if name in turn.fields}
-    if turn.fields.get("thinking"):
-        found["thinking"] = "thinking." + turn.fields["thinking"]["type"]
-    if (turn.fields.get("tool_choice") or {}).get("type") in ("any", "tool"):
-        found["tool_choice"] = "tool_choice"
-    if turn.fields.get("effort"):
-        found["effort"] = "effort." + turn.fields["effort"]
+    found = {name: name for name in REFUSABLE if name in turn.fields}
+    for name, value in (("thinking", turn.fields.get("thinking", {}).get("type")),
+                        ("effort", turn.fields.get("effort"))):
+        found.update({name: f"{name}.{value}"} if value else {})
+    if turn.fields.get("tool_choice", {}).get("type") in ("auto", "none"):
+        del found["tool_choice"]
     if any(b["type"] in THOUGHTS for m in turn.messages for b in m["content"]):
         found["thinking_blocks"] = "thinking_blocks"
     return found
@@ -1039,26 +1032,26 @@ def features(turn: Turn) -> Dict[str, str]:
 
 def without(turn: Turn, name: str) -> Turn:
     """The turn without one of its features; of a forced choice remains what was not forced."""
-    if name == "thinking_blocks":
-        messages = [{**m, "content": [b for b in m["content"] if b["type"] not in THOUGHTS]}
-                    for m in turn.messages]
-        return replace(turn, messages=tuple(m for m in messages if m["content"]))
     fields = {k: v for k, v in turn.fields.items() if k != name}
-    if name == "tool_choice" and turn.fields[name].get("disable_parallel_tool_use"):
-        fields[name] = {"type": "auto", "disable_parallel_tool_use": True}
-    return replace(turn, fields=fields)
+    if name == "tool_choice" and turn.fields[name].get(SINGLE):
+        fields[name] = {"type": "auto", SINGLE: True}
+    messages = turn.messages
+    if name == "thinking_blocks":
+        kept = [[b for b in m["content"] if b["type"] not in THOUGHTS] for m in messages]
+        messages = tuple({**m, "content": blocks} for m, blocks in zip(messages, kept) if blocks)
+    return replace(turn, fields=fields, messages=messages)
 
 
 def refusal_rule(turn: Turn, message: str) -> Optional[dict]:
     """What to drop, as an error message names it: {"drop": feature, "with": [features]}.
 
     The first one named is dropped, the others that are set too are the condition; None if the
-    message names nothing that the turn sets.
+    message names nothing that the turn sets, or only its size.
     """
     found = features(turn)
     named = sorted((match.start(), order, name) for order, (name, pattern) in enumerate(
         REFUSABLE.items()) for match in [re.search(pattern, message)] if match and name in found)
-    names = [name for _, _, name in named]
+    names = [name for _, _, name in named if "budget_tokens" not in message]
     names = ["thinking_blocks"] if "thinking_blocks" in names else names
     return {"drop": found[names[0]], "with": sorted(found[n] for n in names[1:])} if names else None
 
@@ -1084,37 +1077,35 @@ def initialize_request(turn: Turn) -> dict:
 def settings_request(turn: Turn, model: Optional[str]) -> dict:
     """The control request that sets what may change from turn to turn; `model` if it has to."""
     body = {name: value for name, value in turn.fields.items() if name != "effort"}
-    env = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(body.get("max_tokens") or ""),
-           "CLAUDE_CODE_DISABLE_THINKING": ""}
-    if (body.get("thinking") or {}).get("type") == "disabled":
-        # Either takes clear_thinking out, which the API refuses without thinking; the switch
-        # makes old CLIs add temperature 1, which the API refuses beside top_p.
-        if "top_p" in body and "temperature" not in body:
-            body["context_management"] = {"edits": []}
-        else:
-            env["CLAUDE_CODE_DISABLE_THINKING"] = "1"
-    if turn.tools:                          # the caller's exact definitions, see wire_tools
-        answer = [] if turn.schema is None else [{
-            "name": ANSWER, "input_schema": wire_schema(turn.schema), "description":
-            "Use this tool to return your final response in the requested structured format. You "
-            "MUST call this tool exactly once at the end of your response."}]
-        body["tools"] = wire_tools(turn) + answer
-    if (body.get("tool_choice") or {}).get("name"):
-        body["tool_choice"] = {**body["tool_choice"], "name": wire_name(body["tool_choice"]["name"])}
-    env["CLAUDE_CODE_EXTRA_BODY"] = json.dumps(body)
+    silent = body.get("thinking", {}).get("type") == "disabled"
+    # Either takes clear_thinking out, which the API refuses without thinking; the switch makes
+    # old CLIs add temperature 1, which the API refuses beside top_p.
+    by_switch = silent and ("top_p" not in body or "temperature" in body)
+    if silent and not by_switch:
+        body["context_management"] = {"edits": []}
+    if turn.tools:                          # the caller's exact definitions, which the CLI alters
+        body["tools"] = wire_tools(turn) + [{"name": ANSWER, "description": ANSWER_HELP,
+            "input_schema": wire_schema(turn.schema)}] * (turn.schema is not None)
+    choice = body.get("tool_choice", {})
+    if "name" in choice:
+        body["tool_choice"] = {**choice, "name": wire_name(choice["name"])}
     return {"subtype": "apply_flag_settings", "settings": {
-        "effortLevel": turn.fields.get("effort"), "env": env, **({"model": model} if model else {}),
-        **({"permissions": {"allow": [f"mcp__{SERVER}__*"]}} if turn.tools else {})}}
+        "effortLevel": turn.fields.get("effort"), **({"model": model} if model else {}),
+        **({"permissions": {"allow": [f"mcp__{SERVER}__*"]}} if turn.tools else {}),
+        "env": {"CLAUDE_CODE_EXTRA_BODY": json.dumps(body),
+                "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(body.get("max_tokens") or ""),
+                "CLAUDE_CODE_DISABLE_THINKING": "1" if by_switch else ""}}}
 
 
 def user_line(message: dict, uid: str, starts_turn: bool = True) -> dict:
     """A user message for stdin.  A leading "/" of its last text would be taken for a command: it
-    is sent as a text block of its own, which the model reads the same."""
+    is sent as a text block of its own, which the model reads the same.  "//" is taken for none."""
     content = list(message["content"])
     at = max((n for n, b in enumerate(content) if b["type"] == "text"), default=-1)
-    if at >= 0 and re.match(r"/.", content[at]["text"], re.S):
-        content[at:at + 1] = [{"type": "text", "text": "/"},
-                              {**content[at], "text": content[at]["text"][1:]}]
+    slash = re.match(r"(/)(?!/)(.*)", content[at]["text"], re.S) if at >= 0 else None
+    if slash:                               # a lone one is taken for a command, too
+        texts = slash.groups() if slash.group(2).strip() else (" " + slash.group(0),)
+        content[at:at + 1] = [{**content[at], "text": text} for text in texts]
     return {"type": "user", "message": {"role": "user", "content": content}, "uuid": uid,
             "parent_tool_use_id": None, "session_id": "",
             **({} if starts_turn else {"shouldQuery": False})}
@@ -1180,36 +1171,41 @@ class Reply:
     With a schema, text is left out and the answer tool's input becomes the text; a streamed one is
     sent as it comes, a whole one once the CLI has found it valid.
     """
+    done = reusable = False
+    failed: Optional[ApiError] = None
+    model = ""                              # as system/init names it
+    retry_after = 0                         # seconds, as the CLI says what it was told
+    _begun = _visible = _called = False     # message_start, something to see, a client's call
+    _blocks = 0                             # blocks sent on
+    _answer = ""                            # id of the answer tool's call
+    _answer_at = -1                         # and our index of its block
 
     def __init__(self, turn: Turn, clock: Callable[[], float] = time.time) -> None:
-        self.turn, self._clock = turn, clock
-        self.done = self.reusable = self.begun = False
-        self.failed: Optional[ApiError] = None
-        self.model = ""                             # as system/init names it
-        self.retry_after = 0                        # seconds, as the CLI says what it was told
+        self.turn, self._clock, self._strict = turn, clock, turn.schema is not None
         self._names = {wire_name(tool["name"]): tool["name"] for tool in turn.tools}
-        self._index: Dict[int, int] = {}            # the CLI's index of a block -> ours
-        self._blocks = 0                            # blocks sent on
-        self._visible = self._called = False        # text, or a client's call, was sent on
-        self._answer: Optional[str] = None          # id of the answer tool's call
-        self._answer_at = -2                        # and our index of it
-        self._held: List[dict] = []                 # its events, until the CLI validated them
-        self._closing: Optional[dict] = None        # message_delta with the stop reason
-        self._problem: dict = {}                    # the line with the CLI's word for an error
+        self._index: Dict[int, int] = {}    # the CLI's index of a block -> ours
+        self._held: List[dict] = []         # the answer's events, until the CLI validated them
+        self._closing: dict = {}            # message_delta with the stop reason
+        self._problem: dict = {}            # the line with the CLI's word for an error
 
     def feed(self, line: dict) -> List[dict]:
+        """The events of a line.  Died if it has a shape that nobody has seen yet."""
+        try:
+            return [] if self.done or line.get("parent_tool_use_id") else self._feed(line) or []
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
+            raise Died(f"claude speaks another protocol: {exc!r}") from exc
+
+    def _feed(self, line: dict) -> Optional[List[dict]]:
         kind, word = line.get("type"), line.get("subtype")
-        if self.done or line.get("parent_tool_use_id") is not None:
-            return []
         if kind == "stream_event":
             return self._event(line["event"])
-        if kind == "user" and self._answer:
-            return self._verdict(line["message"].get("content"))
+        if kind == "user" and self._answer and isinstance(line["message"]["content"], list):
+            return self._verdict(line["message"]["content"])
         if kind == "assistant" and (line.get("error") or line["message"]["model"] == "<synthetic>"):
             self._problem = line
         elif kind == "system" and word == "init":
             self.model = line.get("model") or ""
-            if self.turn.schema is not None and ANSWER not in (line.get("tools") or []):
+            if self._strict and ANSWER not in (line.get("tools") or []):
                 self.failed = ApiError("invalid_request", "the CLI cannot use this JSON schema: it "
                                        "is invalid, or newer than draft 7", param="schema")
         elif kind == "system" and word == "api_retry":
@@ -1218,90 +1214,88 @@ class Reply:
                 self.failed = status_error(line.get("error_status") or 502, "the API asks to wait "
                                            f"{self.retry_after} s", self.retry_after)
         elif kind == "rate_limit_event" and (line.get("rate_limit_info") or {}).get("resetsAt"):
-            self.retry_after = max(1, math.ceil(line["rate_limit_info"]["resetsAt"] - self._clock()))
+            left_s = line["rate_limit_info"]["resetsAt"] - self._clock()
+            self.retry_after = max(1, math.ceil(left_s))
         elif kind == "result":
             self.failed = self._failure(line)
-        return []
+        return None
 
-    def _event(self, event: dict) -> List[dict]:
-        kind, at = event.get("type"), self._index.get(event.get("index"), -1)
+    def _event(self, event: dict) -> Optional[List[dict]]:
+        kind, reason = event["type"], (event.get("delta") or {}).get("stop_reason")
+        if kind.startswith("content_block_"):
+            return self._block(event, event["index"])
         if kind == "message_start":
-            if self._blocks and self.turn.schema is None:
+            if self._blocks and not self._strict:
                 self.failed = Died("claude began its answer again after an error")
-            sent, self.begun, self._closing = self.begun, True, None
-            self._index.clear()
-            return [event] * (not sent)
-        if kind == "content_block_start":
-            return self._start(event["index"], event["content_block"])
-        if kind == "content_block_delta" and at == self._answer_at:
-            text = event["delta"].get("partial_json") or ""
-            event = {**event, "delta": {"type": "text_delta", "text": text}}
-        if kind in ("content_block_delta", "content_block_stop"):
-            return self._send(at, event)
-        if kind == "message_delta" and (event.get("delta") or {}).get("stop_reason"):
-            self._closing = event               # without a reason the CLI broke off
-            spent = event["delta"]["stop_reason"] not in ("end_turn", "stop_sequence", "tool_use")
-            return self._finish(event) if spent else []     # at once: the CLI asks for more
-        if kind == "message_stop" and self._closing is not None:
-            return self._stop(self._closing["delta"]["stop_reason"])
-        return [event] * (kind not in ("message_delta", "message_stop"))
-
-    def _start(self, index: int, block: dict) -> List[dict]:
-        kind = block.get("type")
-        if self.turn.schema is not None and kind == "text":
-            return []
-        if self.turn.schema is not None and kind == "tool_use" and block["name"] == ANSWER:
-            self._answer, self._answer_at = block["id"], self._blocks
-            block = {"type": "text", "text": ""}
-        elif kind == "tool_use":
-            self._called = True
-            block = {**block, "name": self._names.get(block["name"], block["name"])}
-        self._visible |= kind not in ("thinking", "redacted_thinking")
-        self._index[index] = self._blocks
-        self._blocks += 1
-        return self._send(self._blocks - 1, {"type": "content_block_start", "content_block": block})
-
-    def _send(self, at: int, event: dict) -> List[dict]:
-        """The event with our index of its block; kept back while it may prove invalid."""
-        if at < 0:
-            return []
-        event = {**event, "index": at}
-        if at == self._answer_at and not self.turn.stream:
-            self._held.append(event)
-            return []
-        return [event]
-
-    def _stop(self, reason: str) -> List[dict]:
-        if self.turn.schema is not None and (self._answer or not self._called):
-            return []                   # the CLI validates the answer, or asks the model for it
-        self.reusable = self.turn.schema is None and self._visible and (
-            reason != "tool_use" or self._called)
+            sent, self._begun, self._closing, self._index = self._begun, True, {}, {}
+            return None if sent else [event]
+        if kind == "message_delta":             # without a reason the CLI broke off
+            self._closing = event if reason else {}
+            spent = reason not in (None, "end_turn", "stop_sequence", "tool_use")
+            return self._finish(event) if spent else None   # at once: the CLI would ask for more
+        if kind != "message_stop":
+            return [event]
+        waits = self._strict and (self._answer or not self._called)
+        if waits or not self._closing:          # the CLI validates the answer, or asks for it
+            return None
+        self.reusable = not self._strict and self._visible and (
+            self._closing["delta"]["stop_reason"] != "tool_use" or self._called)
         return self._finish(self._closing)
+
+    def _block(self, event: dict, index: int) -> Optional[List[dict]]:
+        """An event of a content block, with our index; kept back while it may prove invalid."""
+        block, delta = event.get("content_block") or {}, event.get("delta") or {}
+        kind = block.get("type")
+        if kind and not (self._strict and kind == "text"):
+            self._index[index], self._blocks = self._blocks, self._blocks + 1
+            self._visible |= kind not in THOUGHTS
+            if self._strict and kind == "tool_use" and block["name"] == ANSWER:
+                self._answer, self._answer_at = block["id"], self._index[index]
+                event = {**event, "content_block": {"type": "text", "text": ""}}
+            elif kind == "tool_use":
+                self._called = True
+                name = self._names.get(block["name"], block["name"])
+                event = {**event, "content_block": {**block, "name": name}}
+        if index not in self._index:
+            return None
+        event = {**event, "index": self._index[index]}
+        if event["index"] == self._answer_at:
+            text = delta.get("partial_json") or ""
+            event = {**event, "delta": {"type": "text_delta", "text": text}} if delta else event
+            events = [event]
+            if event["type"] == "content_block_stop" and not any("delta" in e and e["delta"]["text"]
+                                                                 for e in self._held):
+                events.insert(0, {"type": "content_block_delta", "index": self._answer_at,
+                                  "delta": {"type": "text_delta", "text": "{}"}})
+            self._held += events
+            return events if self.turn.stream else None
+        return [event]
 
     def _finish(self, closing: dict) -> List[dict]:
         self.done = True
-        return [*self._held, closing, {"type": "message_stop"}]
+        held = [] if self.turn.stream else self._held
+        return [*held, closing, {"type": "message_stop"}]
 
-    def _verdict(self, content: Any) -> List[dict]:
+    def _verdict(self, content: List[dict]) -> Optional[List[dict]]:
         """The CLI's word on the answer tool's call: valid, or what is wrong with it."""
-        for block in content if isinstance(content, list) else []:
-            if block.get("tool_use_id") != self._answer:
-                continue
-            if not block.get("is_error"):
-                delta = {"stop_reason": "end_turn", "stop_sequence": None}
-                return self._finish({**(self._closing or {"type": "message_delta"}), "delta": delta})
-            if self.turn.stream:
-                self.failed = ApiError("backend_error", "the model's JSON does not match the schema"
-                                       f": {str(block.get('content'))[:300]}; try again")
-            self._held.clear()          # the CLI has told the model to try again
-            self._blocks, self._answer, self._answer_at = self._answer_at, None, -2
-        return []
+        told = next((b for b in content if b.get("tool_use_id") == self._answer), None)
+        if told is None:
+            return None
+        if not told.get("is_error"):
+            delta = {"stop_reason": "end_turn", "stop_sequence": None}
+            return self._finish({"type": "message_delta", **self._closing, "delta": delta})
+        if self.turn.stream:
+            self.failed = ApiError("backend_error", "the model's JSON does not match the schema: "
+                                   f"{str(told.get('content'))[:300]}; try again")
+        self._held.clear()                      # the CLI has told the model to try again
+        self._blocks, self._answer, self._answer_at = self._answer_at, "", -1
+        return None
 
     def _failure(self, line: dict) -> ApiError:
         """Why the turn ended without a whole message, in the API's own words."""
         if not line.get("is_error") and not self._problem:
-            return ApiError("backend_error", "claude ended the turn without an answer" + (
-                " that matches the schema" if self.turn.schema is not None else ""))
+            return ApiError("backend_error", "claude ended the turn without an answer"
+                            + " that matches the schema" * self._strict)
         content = (self._problem.get("message") or {}).get("content") or [{}]
         text = content[0].get("text") or line.get("result") or str(line.get("errors"))
         status = line.get("api_error_status") or self._problem.get("api_error_status") or {
@@ -1361,7 +1355,7 @@ class Claude:
     # -- what it says
 
     async def _pump(self) -> None:
-        """Read stdout to its end, always: a CLI that nobody reads stops, and loses its last words."""
+        """Read stdout to its end, always: a CLI that nobody reads stops, and loses last words."""
         pieces, held = [], 0                # of the unfinished line, and their bytes
         try:
             while True:
@@ -1698,14 +1692,6 @@ def state_dir(settings: Settings) -> str:
     return settings.state_dir or os.path.join(os.path.expanduser(home), "ccproxy")
 
 
-def feed_all(reply: Reply, lines: List[dict]) -> List[dict]:
-    """The events of some lines.  Died if a line has a shape that nobody has seen yet."""
-    try:
-        return [event for line in lines for event in reply.feed(line)]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
-        raise Died(f"claude speaks another protocol: {exc!r}") from exc
-
-
 class Conversations:
     """The chat backend: events(turn) from a process that stands at the turn's history."""
 
@@ -1723,7 +1709,8 @@ class Conversations:
         self._looked = -math.inf                    # when the binary was looked for last
         self._full_ids: Dict[str, str] = {}         # model value -> full id
         self._wanted = Turn("")                     # what was asked for last, without messages
-        self._undecided = self._waiting = self._failures = 0
+        self._undecided: Set[Reply] = set()         # turns before their first delta
+        self._waiting = self._failures = 0
         self._closers: Set[asyncio.Task] = set()
 
     async def start(self) -> None:
@@ -1815,18 +1802,19 @@ class Conversations:
     async def _play(self, turn, model, message, receipt) -> AsyncIterator[List[dict]]:
         """One try of a turn on one process, which is kept if it stands clean behind it."""
         reply, chain, claude, kept = Reply(turn), digest_chain(turn, receipt.caller, model), None, False
-        undecided = self._undecided = self._undecided + 1   # no spare is started before its delta
+        self._undecided.add(reply)          # no spare is started before its first delta
         try:
             claude = await self._claude_for(turn, model, chain, receipt)
             spent = claude.cost
             while not reply.done:
-                events = feed_all(reply, await claude.lines(self.settings.stall_timeout))
+                lines = await claude.lines(self.settings.stall_timeout)
+                events = [event for line in lines for event in reply.feed(line)]
                 if reply.model:
                     self._full_ids.setdefault(model, reply.model)
                 if reply.done:              # the caller folds before the end is told
                     events.pop()
                 if events:
-                    undecided = self._decided(undecided)
+                    self._undecided.discard(reply)
                     yield events
                 if reply.failed:
                     raise reply.failed
@@ -1840,14 +1828,9 @@ class Conversations:
                     await claude.settle(1)
                 receipt.cost = max(0.0, claude.cost - spent)
         finally:
-            self._decided(undecided)
+            self._undecided.discard(reply)
             if claude is not None and not kept:
                 self._close(claude)
-
-    def _decided(self, undecided: int) -> int:
-        self._undecided -= bool(undecided)
-        self._changed.set()
-        return 0
 
     async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
@@ -2144,17 +2127,18 @@ class Connection:
         try:
             while first in (b"\r", b"\n"):      # RFC 9112, 2.2: a blank line left over
                 first = await asyncio.wait_for(self.reader.read(1), IDLE_TIMEOUT)
+            rest = self.reader.readuntil(b"\r\n\r\n")
+            return first + await asyncio.wait_for(rest, HEAD_TIMEOUT)
         except asyncio.TimeoutError:
-            return None
-        try:
-            return first + await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), HEAD_TIMEOUT)
+            if first in (b"\r", b"\n"):
+                return None
+            raise ApiError("request_timeout", "the request came too slowly") from None
         except asyncio.IncompleteReadError:
             return None
-        except asyncio.TimeoutError:
-            raise ApiError("request_timeout", "the request came too slowly") from None
         except asyncio.LimitOverrunError:
-            kind = "headers_too_large" if b"\r\n" in await self.reader.read(MAX_LINE) else "uri_too_long"
-            raise ApiError(kind, f"request head: longer than {MAX_HEAD} bytes") from None
+            long_line = b"\r\n" not in await self.reader.read(MAX_LINE)
+            raise ApiError("uri_too_long" if long_line else "headers_too_large",
+                           f"request head: longer than {MAX_HEAD} bytes") from None
 
     async def read_body(self, limit: int) -> bytes:
         """The request's body.  ApiError if it is too large (before all is read), late or malformed."""
@@ -2177,7 +2161,10 @@ class Connection:
         """A body by its length, or by chunks (RFC 9112, 7.1); trailer fields are read over."""
         pieces, total, end = [], 0, b"\r\n"
         while True:
-            size = parse_chunk_size(await self.reader.readuntil(end)) if length is None else length
+            head = None if length is not None else CHUNK.fullmatch(await self.reader.readuntil(end))
+            if length is None and not head:
+                raise ApiError("invalid_request", "chunked body: malformed chunk size")
+            size = int(head.group(1), 16) if head else length
             total += size
             if total > limit:
                 raise ApiError("request_too_large", f"body: larger than {limit} bytes")
