@@ -1056,13 +1056,13 @@ def refusal_rule(turn: Turn, message: str) -> Optional[dict]:
     return {"drop": found[names[0]], "with": sorted(found[n] for n in names[1:])} if names else None
 
 
-def with_thinking(turn: Turn, refused: Callable[[str], bool]) -> Turn:
+def with_thinking(turn: Turn, refused: List[str]) -> Turn:
     """Sampling, a forced tool or a small output limit need thinking off, which the CLI turns on.
     If the caller says nothing of it, it is switched off, unless the model refuses that."""
-    fields = turn.fields
-    wanted = any(name in fields for name in SAMPLING) or "tool_choice" in features(turn) or \
-        fields.get("max_tokens", SMALL_OUTPUT) < SMALL_OUTPUT
-    if not wanted or "thinking" in fields or "effort" in fields or refused("thinking.disabled"):
+    fields, wanted = turn.fields, {*SAMPLING, "tool_choice"} & set(features(turn))
+    small = fields.get("max_tokens", SMALL_OUTPUT) < SMALL_OUTPUT
+    if not (wanted or small) or "thinking" in fields or "effort" in fields or \
+            "thinking.disabled" in refused:
         return turn
     return replace(turn, fields={**fields, "thinking": {"type": "disabled"}})
 
@@ -1600,21 +1600,23 @@ async def find_claude(wanted: str) -> Tuple[List[str], str]:
     """
     if wanted == "echo":
         return [sys.executable, os.path.abspath(__file__), "stand-in"], "stand-in"
-    places = os.pathsep.join(map(os.path.expanduser, CLAUDE_PLACES))
     name = os.path.expanduser(wanted) or ("claude" if POSIX else "claude.exe")
-    found = shutil.which(name) or "" if wanted else (
-        shutil.which(name) or shutil.which(name, path=places) or shutil.which("claude") or "")
-    if not found or found.lower().endswith((".cmd", ".bat", ".ps1")):
-        raise ApiError("unavailable", f"{found} is a shell shim, whose arguments cmd.exe would rewrite; "
-                       "point --claude at claude.exe" if found else f"Claude Code is not installed"
-                       f"{f' at {wanted}' if wanted else ''}; install it: {INSTALL}")
+    paths = [None] if wanted else [None, os.pathsep.join(map(os.path.expanduser, CLAUDE_PLACES))]
+    found = next(filter(None, [shutil.which(name, path=path) for path in paths]), "")
+    found = found or ("" if POSIX or wanted else shutil.which("claude") or "")
+    if found.lower().endswith((".cmd", ".bat", ".ps1")):
+        raise ApiError("unavailable", f"{found} is a shell shim, whose arguments cmd.exe would "
+                       "rewrite; point --claude at claude.exe")
+    if not found:
+        raise ApiError("unavailable", "Claude Code is not installed" + f" at {wanted}" * bool(wanted)
+                       + f"; install it: {INSTALL}")
     try:
         process = await asyncio.create_subprocess_exec(
             found, "--version", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env=claude_env(os.environ, 0, 0))
         told = (await asyncio.wait_for(process.communicate(), 20))[0].decode("utf-8", "replace")
     except (OSError, asyncio.TimeoutError) as exc:
-        raise ApiError("unavailable", f"{found} does not start ({exc!r}); install it: {INSTALL}") from None
+        raise ApiError("unavailable", f"{found} does not run ({exc!r}); install it: {INSTALL}") from exc
     if parse_version(told) < CLI_FLOOR:
         raise ApiError("unavailable", f"Claude Code {told.strip()[:40]!r} is older than "
                        f"{'.'.join(map(str, CLI_FLOOR))}; upgrade it: {INSTALL}@latest")
@@ -1623,10 +1625,10 @@ async def find_claude(wanted: str) -> Tuple[List[str], str]:
 
 def canonical_message(message: dict) -> bytes:
     """What of a message makes two conversations the same: trimmed text, calls, results, media."""
-    content = message["content"]
+    content, user = message["content"], message["role"] == "user"
     text = "".join(b["text"] for b in content if b["type"] == "text").strip()
     rest = [[b["id"], b["name"], b["input"]] if b["type"] == "tool_use" else b for b in content
-            if b["type"] == "tool_use" or (message["role"] == "user" and b["type"] != "text")]
+            if b["type"] == "tool_use" or (user and b["type"] != "text")]
     return json.dumps([message["role"], text, rest], sort_keys=True).encode("ascii")
 
 
@@ -1648,8 +1650,7 @@ class Refusals:
     """What each model has refused; kept in the state directory, so it is met only once."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.rules: Dict[str, List[dict]] = {}      # model -> [{"drop", "with", "at"}]
+        self.path, self.rules = path, {}            # model -> [{"drop", "with", "at"}]
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
             with open(path, encoding="utf-8") as file:
                 oldest = time.time() - REFUSAL_DAYS * 86400
@@ -1659,13 +1660,11 @@ class Refusals:
     def apply(self, turn: Turn, model: str) -> Turn:
         """The turn without what the model is known to refuse."""
         rules = self.rules.get(model, [])
-        turn = with_thinking(turn, lambda feature: any(
-            r["drop"] == feature and not r["with"] for r in rules))
+        turn = with_thinking(turn, [rule["drop"] for rule in rules if not rule["with"]])
         for rule in rules:
             found = features(turn)
             for name in [n for n, feature in found.items() if feature == rule["drop"]]:
-                if set(rule["with"]) <= set(found.values()):
-                    turn = without(turn, name)
+                turn = without(turn, name) if set(rule["with"]) <= set(found.values()) else turn
         return turn
 
     def learn(self, turn: Turn, model: str, message: str) -> bool:
@@ -1687,9 +1686,9 @@ class Refusals:
 
 def state_dir(settings: Settings) -> str:
     """Where this user's programs keep state:  ~/.local/state/ccproxy  on Linux."""
-    home = {"win32": os.environ.get("LOCALAPPDATA") or "~", "darwin": "~/Library/Application Support"
-            }.get(sys.platform, os.environ.get("XDG_STATE_HOME") or "~/.local/state")
-    return settings.state_dir or os.path.join(os.path.expanduser(home), "ccproxy")
+    home = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Application Support"}.get(
+        sys.platform, os.environ.get("XDG_STATE_HOME") or "~/.local/state")
+    return settings.state_dir or os.path.join(os.path.expanduser(home or "~"), "ccproxy")
 
 
 class Conversations:
@@ -1703,14 +1702,13 @@ class Conversations:
         self.idle: Dict[bytes, Claude] = {}         # key of the whole conversation -> process
         self.models: List[dict] = []                # as the CLI reports them
         self.account: dict = {}                     # and whose login it is
-        self.version = ""
-        self.trouble = "no process is up yet"       # why no request could be served, or ""
+        self.version, self.trouble = "", "no process is up yet"     # why nothing could be served
         self._command: List[str] = []
         self._looked = -math.inf                    # when the binary was looked for last
         self._full_ids: Dict[str, str] = {}         # model value -> full id
         self._wanted = Turn("")                     # what was asked for last, without messages
         self._undecided: Set[Reply] = set()         # turns before their first delta
-        self._waiting = self._failures = 0
+        self._waiting = self._failures = 0          # requests in line; spares that died early
         self._closers: Set[asyncio.Task] = set()
 
     async def start(self) -> None:
@@ -1730,15 +1728,15 @@ class Conversations:
         shutil.rmtree(self._cwd, ignore_errors=True)
 
     async def command(self) -> List[str]:
-        """The checked command of the CLI; looked for again every 2 s at most while it is missing."""
+        """The checked command of the CLI; while it is missing it is looked for every 2 s at most."""
         async with self._check:
             now = asyncio.get_running_loop().time()
-            if not self._command and now - self._looked > 2:
-                self._looked = now
-                try:
+            try:
+                if not self._command and now - self._looked > 2:
+                    self._looked = now
                     self._command, self.version = await find_claude(self.settings.claude)
-                except ApiError as error:
-                    self.trouble = error.message
+            except ApiError as error:
+                self.trouble = error.message
             if not self._command:
                 raise ApiError("unavailable", self.trouble)
             return self._command
@@ -1761,17 +1759,18 @@ class Conversations:
         table, name = self.settings.models, asked.rpartition("/")[2]
         hits = [key for key in table if key in (asked, name)] + [
             key for key in table if fnmatch.filter((asked, name), key)]
-        known = {m.get("value") for m in self.models} - {"default"}
         pattern = r"(opus|sonnet|haiku|fable|claude-[\w.@:-]{1,100})(\[1m\])?"
-        return table[hits[0]] if hits else name if name in known or re.fullmatch(
-            pattern, name) else self.settings.model
+        known = name in {m.get("value") for m in self.models} - {"default"}
+        own = name if known or re.fullmatch(pattern, name) else self.settings.model
+        return table[hits[0]] if hits else own
 
     def _full_id(self, model: str) -> str:
         return self._full_ids.get(model) or model
 
     # -- a turn
 
-    async def events(self, turn: Turn, message: Message, receipt: Receipt) -> AsyncIterator[List[dict]]:
+    async def events(self, turn: Turn, message: Message, receipt: Receipt
+                     ) -> AsyncIterator[List[dict]]:
         """Bursts of events of exactly one message, which the caller folds into `message`.
 
         Before its first event a turn is tried again: without what the model refuses, and once on
@@ -1787,23 +1786,23 @@ class Conversations:
                 async for burst in stream:
                     yield burst
                 return
-            except Died:
-                deaths += 1
-                if message.start or deaths > 1:
-                    raise
             except ApiError as error:
-                tries += 1
-                if error.status != 400 or message.start or tries > REFUSAL_TRIES or not \
-                        self.refusals.learn(plan, self._full_id(model), error.message):
+                deaths += isinstance(error, Died)
+                tries += error.status == 400
+                again = deaths == 1 if isinstance(error, Died) else error.status == 400 and (
+                    tries <= REFUSAL_TRIES
+                    and self.refusals.learn(plan, self._full_id(model), error.message))
+                if message.start or not again:
                     raise
             finally:
                 await stream.aclose()
 
     async def _play(self, turn, model, message, receipt) -> AsyncIterator[List[dict]]:
         """One try of a turn on one process, which is kept if it stands clean behind it."""
-        reply, chain, claude, kept = Reply(turn), digest_chain(turn, receipt.caller, model), None, False
+        reply, claude, kept = Reply(turn), None, False
         self._undecided.add(reply)          # no spare is started before its first delta
         try:
+            chain = digest_chain(turn, receipt.caller, model)
             claude = await self._claude_for(turn, model, chain, receipt)
             spent = claude.cost
             while not reply.done:
@@ -1834,18 +1833,16 @@ class Conversations:
 
     async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
-        stall_s, last = self.settings.stall_timeout, turn.messages[-1]
-        said_model = None if model == self.settings.model else model    # 2.1.197 notes a change
+        stall_s, last, profile = self.settings.stall_timeout, turn.messages[-1], profile_digest(turn)
         claude = self._live(chain[-2], last)
         receipt.conversation = "continued" if claude else "rebuilt" if len(chain) > 2 else "new"
         if claude is None:
             self._wanted = replace(turn, messages=(), fields={})
-            claude = await self._fresh(profile_digest(turn))
+            claude = await self._fresh(profile)
         try:
-            lines = claude.initialize(turn, profile_digest(turn)) + claude.configure(turn, said_model)
+            lines = self._opening(claude, turn, profile, model)
             if receipt.conversation == "rebuilt":
-                await claude.remember(lines, turn.messages[:-1], self._full_id(model),
-                                      stall_s)
+                await claude.remember(lines, turn.messages[:-1], self._full_id(model), stall_s)
                 lines = []
             elif receipt.conversation == "continued" and not claude.awaited:
                 await claude.settle(stall_s)
@@ -1854,6 +1851,11 @@ class Conversations:
         except BaseException:
             self._close(claude)
             raise
+
+    def _opening(self, claude: Claude, turn: Turn, profile: bytes, model: str) -> List[dict]:
+        """What to say before the turn.  The model only if it is another: 2.1.197 notes a change."""
+        other = None if model == self.settings.model else model
+        return claude.initialize(turn, profile) + claude.configure(turn, other)
 
     def _live(self, key: bytes, last: dict) -> Optional[Claude]:
         """The live process at this point of the conversation, if the last message suits it."""
@@ -1868,24 +1870,23 @@ class Conversations:
         """Keep the process for the conversation's next turn."""
         said = canonical_message({"role": "assistant", "content": message.content})
         key = hashlib.sha256(chain[-1] + said).digest()
-        if key in self.idle:
-            self._close(self.idle[key])
         calls = {b["id"] for b in message.content if b["type"] == "tool_use"}
         claude.rest(calls if message.stop_reason == "tool_use" else set())
         if claude.failure or claude not in self.fleet or self._waiting:
             return False
+        if key in self.idle:
+            self._close(self.idle[key])
         self.idle[key] = claude
         return True
 
     async def count(self, turn: Turn) -> int:
         """Input tokens of a turn, asked of the CLI without spending any: its own notes left out."""
-        model, profile = self.resolve(turn.model), profile_digest(turn)
-        claude = await self._fresh(profile)
+        profile, stall_s = profile_digest(turn), self.settings.stall_timeout
+        model, claude = self.resolve(turn.model), await self._fresh(profile)
         try:
-            lines = claude.initialize(turn, profile) + claude.configure(
-                turn, None if model == self.settings.model else model)
-            await claude.remember(lines, turn.messages, model, self.settings.stall_timeout)
-            usage = await claude.ask("get_context_usage", self.settings.stall_timeout)
+            lines = self._opening(claude, turn, profile, model)
+            await claude.remember(lines, turn.messages, model, stall_s)
+            usage = await claude.ask("get_context_usage", stall_s)
             notes = (usage.get("messageBreakdown") or {}).get("attachmentTokens") or 0
             return max(1, usage["totalTokens"] - notes)
         finally:
@@ -1904,8 +1905,7 @@ class Conversations:
             return ready[0]
         self._waiting += 1                  # from now on nobody keeps an idle process
         try:
-            if self._places.locked():
-                self._evict()
+            self._evict()
             await asyncio.wait_for(self._places.acquire(), self.settings.queue_timeout)
         except asyncio.TimeoutError:
             raise ApiError("rate_limit_exceeded", f"all {self.settings.max_processes} CLI processes "
@@ -1915,22 +1915,23 @@ class Conversations:
         return await self._spawn()
 
     def _evict(self) -> None:
-        """Close the least recently used idle process, else a spare made for something else."""
-        for claude in [*self.idle.values(), *self.spares][:1]:
+        """At the cap, close the least recently used idle process, else a spare for another use."""
+        for claude in [*self.idle.values(), *self.spares][:self._places.locked()]:
             self._close(claude)
 
     async def _spawn(self) -> Claude:
         """A new process in a place that has been taken."""
-        settings = self.settings
+        settings, claude = self.settings, None
         patience_s = 2 * settings.park_ttl + settings.request_timeout
         try:
-            claude = await Claude.spawn(claude_argv(await self.command(), settings.model), claude_env(
-                os.environ, settings.retries, patience_s), self._cwd, self._ended)
-        except BaseException:
-            self._places.release()
-            raise
-        self.fleet.add(claude)
-        return claude
+            argv = claude_argv(await self.command(), settings.model)
+            env = claude_env(os.environ, settings.retries, patience_s)
+            claude = await Claude.spawn(argv, env, self._cwd, self._ended)
+            self.fleet.add(claude)
+            return claude
+        finally:
+            if claude is None:
+                self._places.release()
 
     def _ended(self, claude: Claude) -> None:
         """A process has ended, by itself if nobody closed it."""
@@ -1955,7 +1956,7 @@ class Conversations:
 
     async def _keep(self) -> None:
         """Refill spares when no turn waits for its first delta, or after a second; end the idle."""
-        ttl_s = (self.settings.idle_ttl, self.settings.park_ttl)
+        ttl_s, clock = (self.settings.idle_ttl, self.settings.park_ttl), asyncio.get_running_loop().time
         while True:
             self._changed.clear()
             try:
@@ -1963,15 +1964,15 @@ class Conversations:
             except Exception as error:      # the keeper must not die: no spares would come
                 self.trouble = getattr(error, "message", "") or repr(error)
                 self._failures += 1
-            now = asyncio.get_running_loop().time()
             for claude in list(self.idle.values()):
-                if now - claude.last_used > ttl_s[bool(claude.awaited)]:
+                if clock() - claude.last_used > ttl_s[bool(claude.awaited)]:
                     self._close(claude)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), min(5, *(ttl / 4 for ttl in ttl_s)))
             await asyncio.sleep(min(30.0, 2.0 ** self._failures / 4) if self._failures else 0)
-            for _ in range(100):
-                await asyncio.sleep(0.01 if self._undecided else 0)
+            patience = clock() + 1
+            while self._undecided and clock() < patience:
+                await asyncio.sleep(0.01)
 
     async def _refill(self) -> None:
         """One blank spare, the others initialised ahead for what was asked for last."""
@@ -1980,7 +1981,7 @@ class Conversations:
                 self._close(spare)          # made for what is asked no more
         most = self.settings.max_processes
         while len(self.spares) < min(self.settings.warm, most - bool(self.fleet)):
-            if self._places.locked() and self.idle:
+            if self.idle:
                 self._evict()
             if self._places.locked() or self._waiting:
                 return
@@ -2078,23 +2079,30 @@ class Wire(asyncio.StreamReaderProtocol):
 
 class Connection:
     """One client's connection: requests one after the other, an answer each."""
+    request: Optional[Request] = None       # the one that is being answered
+    heartbeat: Optional[Callable[[], None]] = None      # writes something harmless
+    head_sent = _keep = _chunked = _body_read = False
 
     def __init__(self, server: Server, reader: asyncio.StreamReader,
                  writer: asyncio.StreamWriter) -> None:
         self.server, self.reader, self.writer = server, reader, writer
         writer.transport.set_write_buffer_limits(high=BUFFER_LIMIT)
-        self.request: Optional[Request] = None      # the one that is being answered
-        self.head_sent = self._keep = self._chunked = self._body_read = False
-        self.heartbeat: Optional[Callable[[], None]] = None     # writes something harmless
         self.task = asyncio.get_running_loop().create_task(self._serve())
 
     async def _serve(self) -> None:
         try:
             if len(self.server.connections) > self.server.limit:
                 raise ApiError("unavailable", "too many connections", retry_after=1)
-            while await self._exchange():
-                pass
+            head = await self._read_head()
+            while head:
+                self.request, self.head_sent = parse_head(head), False
+                self._body_read = self.request.length == 0
+                self._keep = self.request.keep_alive and not self.server.stopping
+                await self.server.handle(self, self.request)
+                self.request = self.heartbeat = None
+                head = await self._read_head() if self._keep and self._body_read else b""
         except ApiError as error:
+            self.head_sent = self._keep = self._body_read = False
             await self.server.refuse(self, error)
         except (asyncio.CancelledError, ConnectionError):
             pass                            # the client is gone, or the server stops
@@ -2106,45 +2114,30 @@ class Connection:
                 await self._linger()
             self.writer.close()
 
-    async def _exchange(self) -> bool:
-        """One request and its answer; True if another may follow."""
-        self.head_sent = self._body_read = self._keep = False
-        head = await self._read_head()
-        if head is None:
-            return False
-        self.request = parse_head(head)
-        self._body_read = self.request.length == 0
-        self._keep = self.request.keep_alive and not self.server.stopping
-        try:
-            await self.server.handle(self, self.request)
-        finally:
-            self.request = self.heartbeat = None
-        return self._keep and self._body_read
-
-    async def _read_head(self) -> Optional[bytes]:
-        """The next request's head; None when the client has ended, or is idle for too long."""
+    async def _read_head(self) -> bytes:
+        """The next request's head; empty when the client has ended, or is idle for too long."""
         first = b"\r"
         try:
             while first in (b"\r", b"\n"):      # RFC 9112, 2.2: a blank line left over
                 first = await asyncio.wait_for(self.reader.read(1), IDLE_TIMEOUT)
             rest = self.reader.readuntil(b"\r\n\r\n")
             return first + await asyncio.wait_for(rest, HEAD_TIMEOUT)
+        except asyncio.IncompleteReadError:
+            return b""
         except asyncio.TimeoutError:
             if first in (b"\r", b"\n"):
-                return None
+                return b""
             raise ApiError("request_timeout", "the request came too slowly") from None
-        except asyncio.IncompleteReadError:
-            return None
         except asyncio.LimitOverrunError:
             long_line = b"\r\n" not in await self.reader.read(MAX_LINE)
             raise ApiError("uri_too_long" if long_line else "headers_too_large",
                            f"request head: longer than {MAX_HEAD} bytes") from None
 
     async def read_body(self, limit: int) -> bytes:
-        """The request's body.  ApiError if it is too large (before all is read), late or malformed."""
-        length = self.request.length
-        if self.request.headers.get("expect", "").lower() == "100-continue" and (length or 0) <= limit:
-            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" if self.request.minor else b"")
+        """The request's body.  ApiError if it is too large (before all is read), late or odd."""
+        length, expected = self.request.length, self.request.headers.get("expect", "").lower()
+        if expected == "100-continue" and self.request.minor and (length or 0) <= limit:
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         allowed_s = BODY_TIMEOUT + (limit if length is None else length) / 65536
         try:
             body = await asyncio.wait_for(self._read_pieces(length, limit), allowed_s)
@@ -2159,26 +2152,25 @@ class Connection:
 
     async def _read_pieces(self, length: Optional[int], limit: int) -> bytes:
         """A body by its length, or by chunks (RFC 9112, 7.1); trailer fields are read over."""
-        pieces, total, end = [], 0, b"\r\n"
-        while True:
-            head = None if length is not None else CHUNK.fullmatch(await self.reader.readuntil(end))
-            if length is None and not head:
-                raise ApiError("invalid_request", "chunked body: malformed chunk size")
-            size = int(head.group(1), 16) if head else length
+        pieces, total, end, size = [], 0, b"\r\n", length
+        while size != 0:
+            if length is None:
+                head = CHUNK.fullmatch(await self.reader.readuntil(end))
+                if not head:
+                    raise ApiError("invalid_request", "chunked body: malformed chunk size")
+                size = int(head.group(1), 16)
             total += size
             if total > limit:
                 raise ApiError("request_too_large", f"body: larger than {limit} bytes")
             pieces.append(await self.reader.readexactly(size))
             if length is not None:
-                return pieces[0]
-            if not size:
                 break
-            if await self.reader.readexactly(2) != end:
+            if size and await self.reader.readexactly(2) != end:
                 raise ApiError("invalid_request", "chunked body: chunk longer than its size")
-        for _ in range(MAX_FIELDS):
+        for _ in range(MAX_FIELDS if length is None else 0):
             if await self.reader.readuntil(end) == end:
-                return b"".join(pieces)
-        raise ApiError("headers_too_large", "chunked body: too many trailer fields")
+                break
+        return b"".join(pieces)
 
     # -- answers
 
@@ -2267,9 +2259,9 @@ class Server:
         with contextlib.suppress(ImportError, ValueError, OSError):
             import resource                 # at the end of descriptors asyncio's accept loop spins
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            soft = min(max(soft, self.limit + 256), hard) if hard > 0 else soft
+            soft = max(soft, min(self.limit + 256, hard if hard > 0 else soft))
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            self.limit = min(self.limit, max(8, soft - 128)) if soft > 0 else self.limit
+            self.limit = min(self.limit, max(8, soft - 128))
         self._server = await asyncio.get_running_loop().create_server(
             self._wire, self.settings.host, self.settings.port, backlog=512, ssl=context)
         return self._server.sockets[0].getsockname()[1]
@@ -2298,23 +2290,15 @@ class Server:
 # events, fold and send, record.  Owner of a turn's deadline and the caller's identity.
 # To add a route: one row in ROUTES and a method of that name.
 
-class Route(NamedTuple):
-    method: str
-    work: str                   # method of App
-    dialect: str = ""
-    public: bool = False        # no key needed
-
-
-ROUTES: Dict[str, Route] = {    # path without prefix and /v1 -> route
-    "/": Route("GET", "about", public=True),
-    **dict.fromkeys(("/health", "/healthz"), Route("GET", "health", public=True)),
-    "/readyz": Route("GET", "ready", public=True),
-    "/status": Route("GET", "status"),
-    "/models": Route("GET", "models"), "/models/": Route("GET", "model"),
-    "/chat/completions": Route("POST", "answer", "chat"),
-    "/messages": Route("POST", "answer", "messages"),
-    "/messages/count_tokens": Route("POST", "count", "messages"),
+ROUTES: Dict[str, Tuple[str, str, str]] = {     # path without /v1 -> method, work, dialect
+    "/": ("GET", "about", ""), "/health": ("GET", "health", ""), "/healthz": ("GET", "health", ""),
+    "/readyz": ("GET", "ready", ""), "/status": ("GET", "status", ""),
+    "/models": ("GET", "models", ""), "/models/": ("GET", "models", ""),
+    "/chat/completions": ("POST", "answer", "chat"),
+    "/messages": ("POST", "answer", "messages"),
+    "/messages/count_tokens": ("POST", "count", "messages"),
 }
+PUBLIC = ("about", "health", "ready")       # work that needs no key
 PREFIXES = ("chat",)            # backends that a path may name:  /chat/v1/messages
 
 
@@ -2343,17 +2327,17 @@ class Call:
     """One request on its way through the app: what came, what is known, how it is answered."""
     connection: Connection
     request: Request
-    name: str                               # request id
-    started: float
-    headers: Dict[str, str]                 # of the answer
+    now: Callable[[], float]
+    name: str = ""                          # request id
+    headers: Dict[str, str] = field(default_factory=dict)       # of the answer
     dialect: Optional[Dialect] = None
     turn: Optional[Turn] = None
     message: Optional[Message] = None
     receipt: Receipt = field(default_factory=Receipt)
     status: int = 0
     failure: str = ""
-    first_at: Optional[float] = None        # time of the first delta
-    written_at: float = 0.0                 # time of the last frame
+    first_at: float = 0.0                   # time of the first delta
+    written_at: float = 0.0                 # time of the last frame, at first of the request
 
     def told(self) -> Dict[str, str]:
         """The headers of the answer, with how the turn was served."""
@@ -2367,23 +2351,23 @@ class Call:
         await self.connection.send(status, {**self.told(), "Content-Type": "application/json"},
                                    encode_json(value))
 
-    async def give(self, events: List[dict], now: float) -> None:
+    async def give(self, events: List[dict]) -> None:
         """Fold events; send them if streamed, the whole message once it is done."""
         frames: List[bytes] = []
         for event in events:
             self.message.add(event)
-            if self.first_at is None and event["type"] == "content_block_delta":
-                self.first_at = now
+            if not self.first_at and event["type"] == "content_block_delta":
+                self.first_at = self.now()
             frames += self.dialect.frames(self.message, event) if self.turn.stream else []
         if frames:
-            self.write(frames, now)
+            self.write(frames)
             await self.connection.drain()
         if self.message.done and self.turn.stream:
             self.connection.heartbeat = self.connection.end()
         elif self.message.done:
             await self.send(200, self.dialect.body(self.message))
 
-    def write(self, frames: List[bytes], now: float) -> None:
+    def write(self, frames: List[bytes]) -> None:
         """Send frames; the head goes with the first: by then it is known how the turn is served."""
         if not self.connection.head_sent:
             self.status = 200
@@ -2391,30 +2375,43 @@ class Call:
                 "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no", **self.told()})
         self.connection.write(b"".join(frames))
-        self.written_at = now
+        self.written_at = self.now()
 
-    def ping(self, now: float) -> None:
+    def ping(self) -> None:
         """A heartbeat that the dialect's clients read over."""
         self.message.add({"type": "ping"})
-        self.write(self.dialect.frames(self.message, {"type": "ping"}), now)
+        self.write(self.dialect.frames(self.message, {"type": "ping"}))
 
-    def log_line(self, now: float) -> str:
+    async def fail(self, error: ApiError) -> None:
+        """Tell of a failure: a status before the first event, the dialect's own error after it."""
+        self.status, self.failure = error.status, error.message
+        envelope = self.dialect.error(error) if self.dialect else plain_error(error)
+        if not self.connection.head_sent:
+            more = {"Retry-After": str(error.retry_after or ""),
+                    "WWW-Authenticate": "Bearer" if error.status == 401 else ""}
+            self.headers.update({name: value for name, value in more.items() if value})
+            await self.send(error.status, {**envelope, "request_id": self.name})
+        elif self.turn and not self.message.done:
+            self.write(self.dialect.frames(self.message, {**envelope, "type": "error"}))
+            self.connection.end()
+
+    def log_line(self, started: float) -> str:
         """POST /v1/messages sonnet 200 first 84 ms total 312 ms in 18 out 7 $0.0002 new req_..."""
-        ms = f"total {1000 * (now - self.started):.0f} ms"
-        if self.first_at:
-            ms = f"first {1000 * (self.first_at - self.started):.0f} ms {ms}"
-        used = self.message.tokens() if self.message else ()
+        used = self.message.tokens() if self.message else (0, 0, 0)
         return " ".join(filter(None, (
             time.strftime("%H:%M:%S"), self.request.method, self.request.path[:200],
-            self.turn.model[:80] if self.turn else "", str(self.status), ms,
+            self.turn.model[:80] if self.turn else "", str(self.status),
+            f"first {1000 * (self.first_at - started):.0f} ms" if self.first_at else "",
+            f"total {1000 * (self.now() - started):.0f} ms",
             f"in {used[0]} out {used[2]}" if any(used) else "",
             "" if self.receipt.cost is None else f"${self.receipt.cost:.4f}",
-            self.receipt.conversation, self.name, f"| {self.failure[:300]}" if self.failure else "")))
+            self.receipt.conversation, self.name, self.failure and f"| {self.failure[:300]}")))
 
 
 def plain_error(error: ApiError) -> dict:
     """The envelope outside of a dialect: readable by both SDK families."""
-    return {"type": "error", "error": {**chat_error(error)["error"], **messages_error(error)["error"]}}
+    both = {**chat_error(error)["error"], **messages_error(error)["error"]}
+    return {"type": "error", "error": both}
 
 
 class App:
@@ -2449,16 +2446,16 @@ class App:
 
     async def handle(self, connection: Connection, request: Request) -> None:
         """Answer one request, whatever happens; one line of log."""
-        clock, name = asyncio.get_running_loop().time, request.headers.get("x-request-id", "")
-        if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", name):
-            name = "req_" + secrets.token_hex(12)
-        call = Call(connection, request, name, clock(), {"request-id": name, "X-Request-Id": name})
-        error: Optional[ApiError] = None
+        call = Call(connection, request, asyncio.get_running_loop().time)
+        call.written_at = started = call.now()
+        wished, error = request.headers.get("x-request-id", ""), None
+        call.name = wished if re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", wished) else (
+            "req_" + secrets.token_hex(12))
+        call.headers = {"request-id": call.name, "X-Request-Id": call.name}
         try:
-            route = await self._admit(call)
-            if route is not None:
-                call.dialect = DIALECTS.get(route.dialect)
-                await getattr(self, "_" + route.work)(call)
+            work = await self._admit(call)
+            if work:
+                await getattr(self, "_" + work)(call)
         except ApiError as exc:
             error = exc
         except RecursionError:
@@ -2471,55 +2468,39 @@ class App:
             error = ApiError("internal_error", "a bug in ccproxy; its log says more")
         finally:
             if error is not None:
-                await self._fail(call, error, clock())
+                await call.fail(error)
             if not self.settings.quiet:
-                say(call.log_line(clock()))
+                say(call.log_line(started))
 
-    async def _admit(self, call: Call) -> Optional[Route]:
-        """The route that the caller may use; None if the request is answered already."""
-        method, headers = call.request.method, call.request.headers
+    async def _admit(self, call: Call) -> str:
+        """The work that the caller may ask for; none if the request is answered already."""
+        method, headers, connection = call.request.method, call.request.headers, call.connection
         host, origin = headers.get("host", ""), headers.get("origin")
-        local = (call.connection.writer.get_extra_info("sockname") or ("",))[0]
         if host or call.request.minor:
-            check_host(host, local, self.settings.allow_hosts)
+            local = connection.writer.get_extra_info("sockname") or ("",)
+            check_host(host, local[0], self.settings.allow_hosts)
         if origin is not None and check_origin(origin, host, self.settings.allow_origins):
             call.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin",
                                  "Access-Control-Expose-Headers": "*"})
-        route = ROUTES.get(route_path(call.request.path)[0])
-        if route is None:
+        served, work, dialect = ROUTES.get(route_path(call.request.path)[0], ("", "", ""))
+        call.dialect, methods = DIALECTS.get(dialect), f"{served}, HEAD, OPTIONS"
+        if not work:
             raise ApiError("not_found", f"no such route: {call.request.path[:200]}")
-        methods = f"{route.method}, HEAD, OPTIONS"
         if method == "OPTIONS":
-            wished = headers.get("access-control-request-headers", "*")
-            cors = {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": "600",
-                    "Access-Control-Allow-Headers": wished} if origin else {}
-            call.status = 204
-            await call.connection.send(204, {**call.headers, "Allow": methods, **cors})
-            return None
-        if method not in (route.method, "HEAD"):
+            wished, call.status = headers.get("access-control-request-headers", "*"), 204
+            await connection.send(204, {
+                **call.headers, "Allow": methods, **({"Access-Control-Allow-Methods": methods,
+                "Access-Control-Allow-Headers": wished, "Access-Control-Max-Age": "600"}
+                if origin else {})})
+            return ""
+        if method not in (served, "HEAD"):
             call.headers["Allow"] = methods
             raise ApiError("method_not_allowed", f"{method} is not served here; use {methods}")
-        if not route.public:
+        if work not in PUBLIC:
             call.receipt.caller = check_key(headers, self.settings.api_key)
-        if method == "HEAD" and route.method == "POST":     # a probe
-            return await call.send(200, {})
-        return route
-
-    async def _fail(self, call: Call, error: ApiError, now: float) -> None:
-        """Tell of a failure: a status before the first event, the dialect's own error after it."""
-        call.status, call.failure = error.status, error.message
-        if call.connection.head_sent and call.turn is not None and not call.message.done:
-            event = {**call.dialect.error(error), "type": "error"}
-            call.write(call.dialect.frames(call.message, event), now)
-            call.connection.end()
-        if call.connection.head_sent:
-            return
-        if error.retry_after is not None:
-            call.headers["Retry-After"] = str(error.retry_after)
-        if error.status == 401:
-            call.headers["WWW-Authenticate"] = "Bearer"
-        envelope = call.dialect.error(error) if call.dialect else plain_error(error)
-        await call.send(error.status, {**envelope, "request_id": call.name})
+        if method == "HEAD" and served == "POST":       # a probe
+            work = await call.send(200, {}) or ""
+        return work
 
     async def refuse(self, connection: Connection, error: ApiError) -> None:
         """Answer what was no request."""
@@ -2537,7 +2518,7 @@ class App:
         call.receipt.ignored = list(turn.ignored)
         return turn
 
-    async def _within_deadline(self, work: Any) -> Any:
+    async def _in_time(self, work: Any) -> Any:
         try:
             return await asyncio.wait_for(work, self.settings.request_timeout)
         except asyncio.TimeoutError:
@@ -2548,43 +2529,37 @@ class App:
 
     async def _answer(self, call: Call) -> None:
         """A model's answer, whole or streamed."""
-        call.turn = await self._parse(call)
-        call.message = Message(secrets.token_hex(14), call.turn.model, int(time.time()),
-                               call.turn.wants)
-        beating = asyncio.ensure_future(self._beat(call)) if call.turn.stream else None
+        turn = call.turn = await self._parse(call)
+        call.message = Message(secrets.token_hex(14), turn.model, int(time.time()), turn.wants)
+        beating = asyncio.ensure_future(self._beat(call)) if turn.stream else None
         try:
-            await self._within_deadline(self._play(call))
+            await self._in_time(self._play(call))
         finally:
-            call.connection.heartbeat = None
-            if beating:
-                beating.cancel()
+            call.connection.heartbeat = beating and beating.cancel() and None
 
     async def _play(self, call: Call) -> None:
-        clock = asyncio.get_running_loop().time
         bursts = self.conversations.events(call.turn, call.message, call.receipt)
         try:
             async for events in bursts:
-                await call.give(events, clock())
+                await call.give(events)
         finally:
             await bursts.aclose()
 
     async def _beat(self, call: Call) -> None:
         """A heartbeat whenever a stream has been silent for long, also before its first event."""
-        clock, call.written_at = asyncio.get_running_loop().time, call.started
-        call.connection.heartbeat = lambda: call.ping(clock())
+        call.connection.heartbeat = call.ping
         while call.connection.heartbeat:
-            left = call.written_at + self.settings.heartbeat - clock()
+            left = call.written_at + self.settings.heartbeat - call.now()
             await asyncio.sleep(max(0.001, left))
             if left <= 0 and call.connection.heartbeat:
-                call.connection.heartbeat()
+                call.ping()
 
     async def _count(self, call: Call) -> None:
         turn = await self._parse(call)
-        tokens = await self._within_deadline(self.conversations.count(turn))
-        await call.send(200, {"input_tokens": tokens})
+        await call.send(200, {"input_tokens": await self._in_time(self.conversations.count(turn))})
 
-    async def _entries(self) -> List[dict]:
-        """Models: what the CLI reports, by name and by full id, and the names that --models maps."""
+    async def _models(self, call: Call) -> None:
+        """What the CLI reports, by name and full id, and what --models names: for both SDKs."""
         named: Dict[str, str] = {}
         for model in await self.conversations.known_models():
             for name in filter(None, (model.get("value"), model.get("resolvedModel"))):
@@ -2592,23 +2567,16 @@ class App:
         named.update({name: named.get(target, target) for name, target in
                       self.settings.models.items() if not set("*?[") & set(name)})
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
-        return [{"id": name, "object": "model", "type": "model", "display_name": shown, "owned_by":
-                 "anthropic", "created": self._started, "created_at": since}
-                for name, shown in named.items()]
-
-    async def _models(self, call: Call) -> None:
-        """One reply that both SDK families read."""
-        entries = await self._entries()
-        await call.send(200, {"object": "list", "data": entries, "has_more": False, "first_id":
-                              entries[0]["id"], "last_id": entries[-1]["id"]})
-
-    async def _model(self, call: Call) -> None:
+        entries = [{"id": name, "object": "model", "type": "model", "display_name": shown,
+                    "owned_by": "anthropic", "created": self._started, "created_at": since}
+                   for name, shown in named.items()]
         wanted = route_path(call.request.path)[1]
-        entry = next((entry for entry in await self._entries() if entry["id"] == wanted), None)
-        if entry is None:
+        if wanted and wanted not in named:
             raise ApiError("not_found", f"no model is named {wanted[:100]!r}; GET /v1/models lists "
                            "them", param="model")
-        await call.send(200, entry)
+        await call.send(200, entries[list(named).index(wanted)] if wanted else {
+            "object": "list", "data": entries, "has_more": False, "first_id": entries[0]["id"],
+            "last_id": entries[-1]["id"]})
 
     async def _about(self, call: Call) -> None:
         await call.send(200, {"name": "ccproxy", "openai_base_url": f"{self.url}/v1",
@@ -2629,10 +2597,9 @@ class App:
         parked = sum(bool(claude.awaited) for claude in talk.idle.values())
         await call.send(200, {
             "version": __version__, "claude": talk.version, "trouble": talk.trouble or None,
-            "backend": "chat", "uptime_s": int(time.time()) - self._started,
-            "connections": len(self.server.connections), "processes": {
+            "backend": "chat", "uptime_s": int(time.time()) - self._started, "processes": {
                 "all": len(talk.fleet), "spare": len(talk.spares), "parked": parked,
-                "idle": len(talk.idle) - parked}})
+                "idle": len(talk.idle) - parked}, "connections": len(self.server.connections)})
 
 
 # == 11. Commands ==================================================================================
@@ -2644,8 +2611,9 @@ def serve(settings: Optional[Settings] = None) -> None:
     app = App(settings)
 
     def announce() -> None:
+        key = "your key" if settings.api_key else "any key"
         print(f"ccproxy {__version__}  OPENAI_BASE_URL={app.url}/v1  ANTHROPIC_BASE_URL={app.url}  "
-              + ("(your key)" if settings.api_key else "(any key)"), flush=True)
+              f"({key})", flush=True)
         if not is_loopback(settings.host) and not settings.tls_cert:
             say("warning: no TLS: keys and conversations can be read on the way; see --tls-cert")
 
@@ -2697,14 +2665,12 @@ async def examine(settings: Settings, deep: bool) -> bool:
     await talk.start()
     try:
         print(f"ok    Python {sys.version.split()[0]}")
-        command = await talk.command()
-        print(f"ok    claude {talk.version} at {' '.join(command)}")
-        models = await talk.known_models()
+        print("ok    claude at", *await talk.command(), f"is version {talk.version}")
+        models = [[m.get("value"), m.get("resolvedModel")] for m in await talk.known_models()]
         print(f"ok    handshake after {time.perf_counter() - started:.2f} s")
+        print("ok    models: " + ", ".join(" = ".join(filter(None, names)) for names in models))
         login = {talk.account.get(name) for name in ("email", "tokenSource", "apiKeySource",
                                                      "apiProvider")} - {None, "none", "firstParty"}
-        print("ok    models: " + ", ".join(" = ".join(filter(None, (
-            m.get("value"), m.get("resolvedModel")))) for m in models))
         if not login:
             raise ApiError("invalid_api_key", "nobody is logged in")
         print(f"ok    login: {', '.join(sorted(login))}")
@@ -2714,8 +2680,7 @@ async def examine(settings: Settings, deep: bool) -> bool:
             async for events in talk.events(Turn(settings.model, (hello,)), message, Receipt()):
                 for event in events:
                     message.add(event)
-            print(f"ok    one turn in {time.perf_counter() - started:.2f} s: "
-                  f"{message.said('text')[:60]!r}")
+            print(f"ok    a turn in {time.perf_counter() - started:.2f} s: {message.said('text')!r}")
         return True
     except ApiError as error:
         remedy = re.search(r": (npm .*)", error.message)
