@@ -46,8 +46,7 @@ import uuid
 from collections import deque
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import (Any, AsyncIterator, Callable, Dict, FrozenSet, Iterator, List, Mapping,
-                    NamedTuple, Optional, Set, Tuple)
+from typing import Any, AsyncIterator, Callable, Iterator, Mapping, NamedTuple
 
 __version__ = "0.1.0"
 __all__ = ["Settings", "serve", "running", "ApiError", "DIALECTS"]
@@ -63,7 +62,7 @@ POSIX = os.name == "posix"
 # To add an error: one row in ERRORS.
 
 CALLER, SERVER_FAULT = ("invalid_request_error",) * 2, ("api_error", "server_error")
-ERRORS: Dict[str, Tuple[int, str, str]] = {     # kind -> HTTP status, Anthropic's and OpenAI's type
+ERRORS: dict[str, tuple[int, str, str]] = {     # kind -> HTTP status, Anthropic's and OpenAI's type
     "invalid_request": (400, *CALLER), "method_not_allowed": (405, *CALLER),
     "request_timeout": (408, *CALLER), "uri_too_long": (414, *CALLER),
     "unsupported_media_type": (415, *CALLER), "headers_too_large": (431, *CALLER),
@@ -89,8 +88,8 @@ class ApiError(Exception):
     `param` is the request field at fault, `retry_after` seconds, `details` extra envelope data.
     """
 
-    def __init__(self, kind: str, message: str, param: Optional[str] = None, status: int = 0,
-                 retry_after: Optional[int] = None, details: Optional[dict] = None) -> None:
+    def __init__(self, kind: str, message: str, param: str | None = None, status: int = 0,
+                 retry_after: int | None = None, details: dict | None = None) -> None:
         super().__init__(message)
         self.kind, self.message, self.param = kind, message, param
         self.status = status or ERRORS[kind][0]
@@ -116,15 +115,15 @@ def parse_input(text: str) -> Any:
 class Turn:
     """What a caller asks of the model, whatever dialect it asked in."""
     model: str                              # as the caller wrote it; the reply repeats it
-    messages: Tuple[dict, ...] = ()         # Anthropic's, block lists; the last is the user's
+    messages: tuple[dict, ...] = ()         # Anthropic's, block lists; the last is the user's
     system: str = ""
-    tools: Tuple[dict, ...] = ()            # Anthropic tools, run by the client
+    tools: tuple[dict, ...] = ()            # Anthropic tools, run by the client
     fields: Mapping[str, Any] = field(default_factory=dict)  # Messages fields as is, and `effort`
-    schema: Optional[dict] = None           # JSON schema that the answer has to match
+    schema: dict | None = None           # JSON schema that the answer has to match
     stream: bool = False
     said: Mapping[str, str] = field(default_factory=dict)    # our field -> the caller's name for it
-    ignored: Tuple[str, ...] = ()           # the caller's fields that cannot be honoured
-    wants: FrozenSet[str] = frozenset()     # wishes about the wire: "usage", "functions"
+    ignored: tuple[str, ...] = ()           # the caller's fields that cannot be honoured
+    wants: frozenset[str] = frozenset()     # wishes about the wire: "usage", "functions"
 
 
 DELTAS = {  # delta type -> (its field, the field of the block that it extends)
@@ -138,17 +137,17 @@ class Message:
     ticket: str                             # random hex, names the answer in OpenAI's dialects
     model: str                              # as the caller wrote it
     created: int                            # Unix seconds
-    wants: FrozenSet[str] = frozenset()
+    wants: frozenset[str] = frozenset()
     start: dict = field(default_factory=dict)       # the message of message_start: id, real model
-    content: List[dict] = field(default_factory=list)
-    stop_reason: Optional[str] = None
-    stop_sequence: Optional[str] = None
-    usage: Dict[str, Any] = field(default_factory=dict)
+    content: list[dict] = field(default_factory=list)
+    stop_reason: str | None = None
+    stop_sequence: str | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
     calls: int = 0                          # tool_use blocks so far
     openings: int = 0                       # pings and message_start seen: 1 at the first of them
     done: bool = False
     open: bool = False                      # a block is
-    parts: Dict[str, List[str]] = field(default_factory=dict)   # of its text, joined at its end
+    parts: dict[str, list[str]] = field(default_factory=dict)   # of its text, joined at its end
 
     def add(self, event: dict) -> None:
         """Fold one event in; types not known yet leave the message as it is."""
@@ -184,7 +183,7 @@ class Message:
         """All text of the finished blocks of one type:  said("thinking") -> "let me see"."""
         return "".join(b.get(kind) or "" for b in self.content if b.get("type") == kind)
 
-    def tokens(self) -> Tuple[int, int, int]:
+    def tokens(self) -> tuple[int, int, int]:
         """Usage as (all input tokens, those read from the cache, output tokens)."""
         cached, fresh, written, made = (self.usage.get(name) or 0 for name in (
             "cache_read_input_tokens", "input_tokens", "cache_creation_input_tokens",
@@ -206,13 +205,13 @@ class ConfigError(Exception):
     """A setting that cannot be used; one line for the person who wrote it."""
 
 
-def words(value: Any) -> List[str]:
+def words(value: Any) -> list[str]:
     """"a, b" -> ["a", "b"]; a list is taken as it is."""
     items = value if isinstance(value, list) else str(value).split(",")
     return [str(item).strip() for item in items if str(item).strip()]
 
 
-def mapping(value: Any) -> Dict[str, str]:
+def mapping(value: Any) -> dict[str, str]:
     """"fast=haiku,gpt-*=sonnet" -> {"fast": "haiku", "gpt-*": "sonnet"}; a dict as it is."""
     pairs = value.items() if isinstance(value, dict) else [w.split("=") for w in words(value)]
     if not all(len(pair) == 2 and all(str(text).strip() for text in pair) for pair in pairs):
@@ -246,7 +245,7 @@ def flag(value: Any) -> bool:
 whole, seconds = within(int, 0), within(float, 0.001)
 
 
-OPTIONS: Dict[str, Tuple[Any, Callable[[Any], Any], str]] = {       # name -> default, check, help
+OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> default, check, help
     "host": ("127.0.0.1", str, "address to listen on; others than loopback need a key"),
     "port": (8082, within(int, 0, 65535), "port to listen on; 0 picks a free one"),
     "api_key": ("", str, "key that callers must send (Bearer or x-api-key)"),
@@ -292,7 +291,7 @@ class Settings:
 def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
     """Flags > CCPROXY_* environment > .env > file (JSON, or TOML from 3.11) > default."""
     path = flags.get("config") or next(filter(os.path.exists, ("ccproxy.toml", "ccproxy.json")), "")
-    values: Dict[str, Any] = {}
+    values: dict[str, Any] = {}
     try:
         if path:
             parser = importlib.import_module("tomllib" if path.endswith(".toml") else "json")
@@ -302,7 +301,7 @@ def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Setti
         raise ConfigError(f"{path}: TOML needs Python 3.11; use ccproxy.json instead") from None
     except (OSError, ValueError, TypeError) as exc:
         raise ConfigError(f"{path}: {exc}") from None
-    dotenv: Dict[str, str] = {}
+    dotenv: dict[str, str] = {}
     with contextlib.suppress(OSError), open(".env", encoding="utf-8") as lines:
         for name, _, value in (line.strip().partition("=") for line in lines):
             dotenv[name.replace("export ", "", 1).strip()] = value.strip().strip("\"'")
@@ -330,9 +329,9 @@ class Request:
     """One request head.  `length` is None when the body is chunked, 0 when there is none."""
     method: str
     path: str                   # percent-decoded, without the query
-    headers: Dict[str, str]     # names in lower case; repeated ones joined by ", "
+    headers: dict[str, str]     # names in lower case; repeated ones joined by ", "
     minor: int = 1              # HTTP/1.<minor>
-    length: Optional[int] = 0
+    length: int | None = 0
 
     @property
     def keep_alive(self) -> bool:
@@ -354,7 +353,7 @@ def parse_target(target: str, request: Request) -> str:
     return "/" if path == "*" else urllib.parse.unquote(path, errors="replace")
 
 
-def parse_length(request: Request) -> Optional[int]:
+def parse_length(request: Request) -> int | None:
     """Body length in bytes, None when chunked.  Two lengths, or an odd one, are refused."""
     coding, length = request.headers.get("transfer-encoding"), request.headers.get("content-length")
     if coding is None and re.fullmatch(r"[0-9]{1,18}", "0" if length is None else length, re.ASCII):
@@ -438,8 +437,9 @@ EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "medium", "
 CHOICES = {"auto": "auto", "none": "none", "any": "any", "required": "any"}
 SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "code_interpreter", "tool_search",
                 "file_search", "mcp", "advisor", "image_generation")    # run by the vendor's API
-PASSED_ON = ("thinking", "redacted_thinking", "search_result", "server_tool_use",
+PASSED_ON = ("redacted_thinking", "search_result", "server_tool_use",
              "web_search_tool_result")      # blocks of the API's own that come back in a history
+ROLES = ("user", "assistant", "system", "developer", "tool", "function")
 NAMES = {str: "a string", list: "an array", dict: "an object", bool: "true or false",
          int: "an integer", float: "a number"}
 
@@ -448,10 +448,16 @@ def refusal(where: str, what: str) -> ApiError:
     return ApiError("invalid_request", f"{where}: {what}", param=where)
 
 
-def need(value: Any, where: str, *kinds: type) -> Any:
-    """`value` if it is of one of the kinds; a bool is no number.  ApiError names the field."""
+def need(value: Any, where: str, *kinds: type, among: Any = None, low: float = -math.inf,
+         high: float = math.inf) -> Any:
+    """`value` if it is of one of the kinds (a bool is no number), in range, among the allowed ones.
+    ApiError names the field."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise refusal(where, "expected " + " or ".join(NAMES[kind] for kind in kinds))
+    if among is not None and value not in among:
+        raise refusal(where, f"expected one of {', '.join(among)}")
+    if low > -math.inf and not low <= value <= high:
+        raise refusal(where, f"expected {low:g} " + (f"to {high:g}" if high < math.inf else "or more"))
     return value
 
 
@@ -460,18 +466,8 @@ def optional(body: dict, name: str, kind: type, where: str = "") -> Any:
     return kind() if body.get(name) is None else need(body[name], where + name, kind)
 
 
-def one_of(value: Any, where: str, allowed: Any) -> Any:
-    if need(value, where, str) not in allowed:
-        raise refusal(where, f"expected one of {', '.join(allowed)}")
-    return value
-
-
-def ranged(low: float, high: float, *kinds: type) -> Callable[[Any, str], Any]:
-    def check(value: Any, where: str) -> Any:
-        if low <= need(value, where, *kinds) <= high:
-            return value
-        raise refusal(where, f"expected {low:g} " + (f"to {high:g}" if high < 1e9 else "or more"))
-    return check
+def typed(*kinds: type, **bounds: float) -> Callable[[Any, str], Any]:
+    return lambda value, where: need(value, where, *kinds, **bounds)
 
 
 # -- content: every part type of every dialect as an Anthropic block
@@ -528,14 +524,16 @@ def parse_part(part: Any, where: str) -> dict:
     if kind in ("image", "document"):
         source, where = need(part.get("source"), where + ".source", dict), where + ".source"
         types = ("base64", "url") + ("text", "content") * (kind == "document")
-        if one_of(source.get("type"), where + ".type", types) == "url":
+        if need(source.get("type"), where + ".type", str, among=types) == "url":
             media_block(source.get("url"), where + ".url", kind)
         elif source["type"] == "base64":
             check_base64(source.get("data"), where + ".data")
-            one_of(source.get("media_type"), where + ".media_type",
-                   IMAGES if kind == "image" else ("application/pdf",))
+            need(source.get("media_type"), where + ".media_type", str,
+                 among=IMAGES if kind == "image" else ("application/pdf",))
         elif source["type"] == "text":
             need(source.get("data"), where + ".data", str)
+        else:
+            need(source.get("content"), where + ".content", str, list)
     elif kind == "tool_use":
         return {"type": kind, "id": clean_id(part.get("id"), where + ".id"),
                 "name": need(part.get("name"), where + ".name", str),
@@ -544,12 +542,14 @@ def parse_part(part: Any, where: str) -> dict:
         return {"type": kind, "content": parse_parts(part.get("content"), where + ".content"),
                 "tool_use_id": clean_id(part.get("tool_use_id"), where + ".tool_use_id"),
                 **({"is_error": True} if part.get("is_error") is True else {})}
+    elif kind == "thinking":
+        need(part.get("thinking"), where + ".thinking", str)
     elif kind not in PASSED_ON:
         raise refusal(where + ".type", f"content of type {kind[:40]!r} cannot be used here")
     return {name: value for name, value in part.items() if name != "cache_control"}
 
 
-def parse_parts(content: Any, where: str) -> List[dict]:
+def parse_parts(content: Any, where: str) -> list[dict]:
     """String, null or array of parts as Anthropic blocks."""
     if content is None or isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
@@ -565,7 +565,7 @@ def parse_text(content: Any, where: str) -> str:
     return "\n\n".join(block["text"] for block in blocks)
 
 
-def parse_calls(item: dict, where: str, called: Dict[str, str]) -> List[dict]:
+def parse_calls(item: dict, where: str, called: dict[str, str]) -> list[dict]:
     """Chat's tool_calls and old-style function_call of an assistant message as tool_use blocks."""
     calls, blocks = list(optional(item, "tool_calls", list, where + ".")), []
     old = optional(item, "function_call", dict, where + ".")
@@ -582,10 +582,10 @@ def parse_calls(item: dict, where: str, called: Dict[str, str]) -> List[dict]:
     return blocks
 
 
-def finish_history(turns: List[Tuple[str, List[dict], str]]) -> Tuple[dict, ...]:
+def finish_history(turns: list[tuple[str, list[dict], str]]) -> tuple[dict, ...]:
     """(role, blocks, where) as Anthropic messages: neighbours of one role merged, empty text left
     out, tool results first, every call with its result.  ApiError where the real API refuses."""
-    merged: List[Tuple[str, List[dict], str]] = []
+    merged: list[tuple[str, list[dict], str]] = []
     for role, blocks, where in turns:
         blocks = [b for b in blocks if b["type"] != "text" or b["text"].strip()]
         if merged and merged[-1][0] == role:
@@ -615,13 +615,12 @@ def finish_history(turns: List[Tuple[str, List[dict], str]]) -> Tuple[dict, ...]
     return tuple({"role": role, "content": blocks} for role, blocks, _ in merged)
 
 
-def parse_history(items: Any) -> Tuple[str, Tuple[dict, ...]]:
+def parse_history(items: Any) -> tuple[str, tuple[dict, ...]]:
     """Messages of any dialect as (system text, Anthropic's); system text may stand anywhere."""
     system, turns, called = [], [], {}      # called: function name -> id of its last old-style call
     for at, item in enumerate(need(items, "messages", list)):
         where = f"messages[{at}]"
-        role = one_of(need(item, where, dict).get("role"), where + ".role", (
-            "user", "assistant", "system", "developer", "tool", "function"))
+        role = need(need(item, where, dict).get("role"), where + ".role", str, among=ROLES)
         if role in ("tool", "function"):
             call = item.get("tool_call_id") or called.get(str(item.get("name")))
             if call is None:
@@ -655,9 +654,9 @@ def parse_tool(tool: dict, where: str) -> dict:
         **({"strict": True} if tool.get("strict") is True else {})}
 
 
-def parse_tools(body: dict, ignored: Set[str]) -> List[dict]:
+def parse_tools(body: dict, ignored: set[str]) -> list[dict]:
     """`tools` and old-style `functions`; what only the vendor could run is reported instead."""
-    tools: Dict[str, dict] = {}
+    tools: dict[str, dict] = {}
     for where, tool in [(f"{slot}[{at}]", tool) for slot in ("tools", "functions")
                         for at, tool in enumerate(optional(body, slot, list))]:
         kind = str(need(tool, where, dict).get("type") or "function")
@@ -674,9 +673,9 @@ def parse_tools(body: dict, ignored: Set[str]) -> List[dict]:
 def parse_choice(value: Any, where: str) -> dict:
     """tool_choice in any form, "required" or {"type": "function", ...}, as Anthropic's."""
     if isinstance(value, str):
-        return {"type": CHOICES[one_of(value, where, CHOICES)]}
-    kind = one_of(need(value, where, str, dict).get("type", "function"), where + ".type",
-                  (*CHOICES, "tool", "function"))
+        return {"type": CHOICES[need(value, where, str, among=CHOICES)]}
+    kind = need(need(value, where, str, dict).get("type", "function"), where + ".type", str,
+                among=(*CHOICES, "tool", "function"))
     single = {"disable_parallel_tool_use": True} if value.get("disable_parallel_tool_use") else {}
     if kind in CHOICES:
         return {"type": CHOICES[kind], **single}
@@ -684,7 +683,7 @@ def parse_choice(value: Any, where: str) -> dict:
     return {"type": "tool", "name": need(function.get("name"), where + ".name", str), **single}
 
 
-def finish_choice(choice: Optional[dict], tools: List[dict], parallel: bool) -> Dict[str, dict]:
+def finish_choice(choice: dict | None, tools: list[dict], parallel: bool) -> dict[str, dict]:
     """The choice, fitted to the tools that there are, as fields."""
     names = [tool["name"] for tool in tools]
     if choice and choice["type"] in ("any", "tool") and choice.get("name", *names[:1]) not in names:
@@ -694,42 +693,42 @@ def finish_choice(choice: Optional[dict], tools: List[dict], parallel: bool) -> 
     return {"tool_choice": choice} if choice and tools else {}
 
 
-def parse_stop(value: Any, where: str) -> List[str]:
+def parse_stop(value: Any, where: str) -> list[str]:
     """Stop sequences as a list; the API refuses those of white space alone: left out."""
     texts = [value] if isinstance(value, str) else need(value, where, str, list)
     return [text for at, text in enumerate(texts) if need(text, f"{where}[{at}]", str).strip()]
 
 
 def parse_thinking(value: Any, where: str) -> dict:
-    kind = need(value, where, dict).get("type")
-    if one_of(kind, where + ".type", ("enabled", "adaptive", "disabled")) == "enabled":
-        ranged(1024, 1e9, int)(value.get("budget_tokens"), where + ".budget_tokens")
+    kinds, kind = ("enabled", "adaptive", "disabled"), need(value, where, dict).get("type")
+    if need(kind, where + ".type", str, among=kinds) == "enabled":
+        need(value.get("budget_tokens"), where + ".budget_tokens", int, low=1024)
     return value
 
 
-def parse_effort(value: Any, where: str) -> Optional[str]:
+def parse_effort(value: Any, where: str) -> str | None:
     """"minimal" -> "low",  {"effort": "high"} -> "high",  "none" -> "none": without thinking."""
     value = value.get("effort") if isinstance(value, dict) else value
-    return None if value is None else EFFORTS[one_of(value, where, EFFORTS)]
+    return None if value is None else EFFORTS[need(value, where, str, among=EFFORTS)]
 
 
-def parse_format(value: Any, where: str) -> Optional[dict]:
+def parse_format(value: Any, where: str) -> dict | None:
     """response_format or output_config.format as a JSON schema; None for plain text."""
-    kind = one_of(need(value, where, dict).get("type"), where + ".type",
-                  ("text", "json_object", "json_schema"))
+    kind = need(need(value, where, dict).get("type"), where + ".type", str,
+                among=("text", "json_object", "json_schema"))
     if kind != "json_schema":
         return {"type": "object"} if kind == "json_object" else None
     if "json_schema" in value:
         value, where = optional(value, "json_schema", dict, where + "."), where + ".json_schema"
     schema = need(value.get("schema"), where + ".schema", dict)
-    one_of(schema.get("type", "object"), where + ".schema.type", ("object",))
+    need(schema.get("type", "object"), where + ".schema.type", str, among=("object",))
     return schema
 
 
-FIELDS: Dict[str, Tuple[str, Callable[[Any, str], Any]]] = {    # field of a body -> (ours, check)
-    "temperature": ("temperature", ranged(0, 2, int, float)),
-    "top_p": ("top_p", ranged(0, 1, int, float)), "top_k": ("top_k", ranged(0, 1e9, int)),
-    **dict.fromkeys(("max_tokens", "max_completion_tokens"), ("max_tokens", ranged(1, 1e9, int))),
+FIELDS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {    # field of a body -> (ours, check)
+    "temperature": ("temperature", typed(int, float, low=0, high=2)),
+    "top_p": ("top_p", typed(int, float, low=0, high=1)), "top_k": ("top_k", typed(int, low=0)),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), ("max_tokens", typed(int, low=1))),
     **dict.fromkeys(("stop", "stop_sequences"), ("stop_sequences", parse_stop)),
     **dict.fromkeys(("tool_choice", "function_call"), ("tool_choice", parse_choice)),
     **dict.fromkeys(("reasoning_effort", "reasoning", "output_config.effort"),
@@ -737,15 +736,14 @@ FIELDS: Dict[str, Tuple[str, Callable[[Any, str], Any]]] = {    # field of a bod
     **dict.fromkeys(("response_format", "output_format", "output_config.format"),
                     ("schema", parse_format)),
     "thinking": ("thinking", parse_thinking),
-    "stream": ("stream", lambda value, where: need(value, where, bool)),
-    "parallel_tool_calls": ("parallel", lambda value, where: need(value, where, bool)),
+    "stream": ("stream", typed(bool)), "parallel_tool_calls": ("parallel", typed(bool)),
     "stream_options": ("usage", lambda value, where: optional(
         need(value, where, dict), "include_usage", bool, where + ".")),
 }
 STRUCTURE = {"model", "messages", "system", "tools", "functions", "n", "output_config", "thread"}
 
 
-def parse_fields(body: dict, ignored: Set[str]) -> Tuple[Dict[str, Any], Dict[str, str]]:
+def parse_fields(body: dict, ignored: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """What FIELDS knows of a body as (our fields, their names there); the rest is reported."""
     fields, said = {}, {}
     output = {f"output_config.{k}": v for k, v in optional(body, "output_config", dict).items()}
@@ -774,7 +772,7 @@ def parse_body(body: dict) -> Turn:
     if body.get("thread") is not None:      # anthropic-python's tool_runner falls back on this code
         raise ApiError("invalid_request", "thread: threads are not kept here", param="thread",
                        details={"error_code": "thread_unsupported_request"})
-    if body.get("n") is not None and ranged(1, 128, int)(body["n"], "n") > 1:
+    if body.get("n") is not None and need(body["n"], "n", int, low=1) > 1:
         raise refusal("n", "one choice a request; send n requests instead")
     model, ignored = need(body.get("model"), "model", str), set()
     fields, said = parse_fields(body, ignored)
@@ -795,7 +793,7 @@ def parse_body(body: dict) -> Turn:
 
 # -- Messages: https://docs.anthropic.com/en/api/messages
 
-def messages_frames(message: Message, event: dict) -> List[bytes]:
+def messages_frames(message: Message, event: dict) -> list[bytes]:
     """The event as it is, but for the model's name; a failure first closes the open block."""
     if event["type"] == "message_start":
         event = {**event, "message": {**event["message"], "model": message.model}}
@@ -825,7 +823,7 @@ CHAT_FINISH = {"tool_use": "tool_calls", "max_tokens": "length", "refusal": "con
                "model_context_window_exceeded": "length"}     # others, unknown ones too: "stop"
 
 
-def chat_object(message: Message, kind: str, choices: List[dict], **more: Any) -> dict:
+def chat_object(message: Message, kind: str, choices: list[dict], **more: Any) -> dict:
     return {"id": "chatcmpl-" + message.ticket, "object": kind, "created": message.created,
             "model": message.model, "choices": choices, **more}
 
@@ -838,13 +836,13 @@ def chat_choice(message: Message, name: str, said: dict) -> dict:
     return {"index": 0, name: said, "logprobs": None, "finish_reason": finish}
 
 
-def chat_chunk(message: Message, delta: dict) -> List[bytes]:
+def chat_chunk(message: Message, delta: dict) -> list[bytes]:
     more = {"usage": None} if "usage" in message.wants else {}
     return [sse_frame(chat_object(message, "chat.completion.chunk",
                                   [chat_choice(message, "delta", delta)], **more))]
 
 
-def chat_call(message: Message, function: dict, **more: Any) -> List[bytes]:
+def chat_call(message: Message, function: dict, **more: Any) -> list[bytes]:
     """A chunk with (a piece of) the tool call that is being written; the old style has but one."""
     if message.content[-1].get("type") != "tool_use":
         return []
@@ -862,7 +860,7 @@ def chat_usage(message: Message) -> dict:
             "completion_tokens_details": {"reasoning_tokens": thought}}
 
 
-def chat_frames(message: Message, event: dict) -> List[bytes]:
+def chat_frames(message: Message, event: dict) -> list[bytes]:
     """What a Chat client is told about `event`; `message` already contains it."""
     kind, delta = event["type"], event.get("delta") or {}
     if delta.get("type") == "text_delta":
@@ -912,12 +910,12 @@ def chat_error(error: ApiError) -> dict:
 
 class Dialect(NamedTuple):
     parse: Callable[[dict], Turn]                           # request body -> Turn, or ApiError
-    frames: Callable[[Message, dict], List[bytes]]          # event -> SSE frames
+    frames: Callable[[Message, dict], list[bytes]]          # event -> SSE frames
     body: Callable[[Message], dict]                         # whole answer
     error: Callable[[ApiError], dict]                       # envelope
 
 
-DIALECTS: Dict[str, Dialect] = {
+DIALECTS: dict[str, Dialect] = {
     "messages": Dialect(parse_body, messages_frames, messages_body, messages_error),
     "chat": Dialect(parse_body, chat_frames, chat_body, chat_error),
 }
@@ -956,7 +954,7 @@ SCHEMA_MAPS = ("properties", "patternProperties", "definitions", "$defs", "depen
 SCHEMA_DATA = ("enum", "const", "default", "required", "dependentRequired", "dependencies")
 
 
-def claude_argv(command: List[str], model: str) -> List[str]:
+def claude_argv(command: list[str], model: str) -> list[str]:
     """The command line of a chat process; everything else is said over stdin."""
     fixed = ("-p --input-format stream-json --output-format stream-json --verbose "
              "--include-partial-messages --permission-prompt-tool stdio --strict-mcp-config "
@@ -964,7 +962,7 @@ def claude_argv(command: List[str], model: str) -> List[str]:
     return [*command, *fixed.split(), *([f"--model={model}"] if model != "default" else [])]
 
 
-def claude_env(environ: Mapping[str, str], retries: int, patience_s: float) -> Dict[str, str]:
+def claude_env(environ: Mapping[str, str], retries: int, patience_s: float) -> dict[str, str]:
     """The inherited environment without an outer session's, plus what makes the CLI an API."""
     kept = {name: value for name, value in environ.items() if not OUTER_ENV.match(name)}
     patience = str(int(patience_s * 1000))
@@ -973,7 +971,7 @@ def claude_env(environ: Mapping[str, str], retries: int, patience_s: float) -> D
             "CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT": patience}
 
 
-def parse_version(text: str) -> Tuple[int, ...]:
+def parse_version(text: str) -> tuple[int, ...]:
     """"2.1.330 (Claude Code)" -> (2, 1, 330);  () when there is no version in it."""
     found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
     return tuple(map(int, found.groups())) if found else ()
@@ -987,7 +985,7 @@ def wire_name(name: str) -> str:
     return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:100].strip('_')}_{digest}"
 
 
-def wire_tools(turn: Turn) -> List[dict]:
+def wire_tools(turn: Turn) -> list[dict]:
     return [{**tool, "name": wire_name(tool["name"])} for tool in turn.tools]
 
 
@@ -1005,7 +1003,7 @@ def wire_schema(schema: Any) -> Any:
 
 # -- what a model may refuse: learned, not listed
 
-REFUSABLE: Dict[str, str] = {       # what a turn may set -> how an error message names it
+REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error message names it
     "thinking_blocks": r"messages\.\d.*thinking|thinking.{0,40}block|signature",
     "temperature": r"\btemperature\b", "top_p": r"\btop_p\b", "top_k": r"\btop_k\b",
     "stop_sequences": r"\bstop_sequences\b", "tool_choice": r"\btool_choice\b",
@@ -1014,7 +1012,7 @@ THOUGHTS = ("thinking", "redacted_thinking")
 SINGLE = "disable_parallel_tool_use"
 
 
-def features(turn: Turn) -> Dict[str, str]:
+def features(turn: Turn) -> dict[str, str]:
     """What a turn sets that a model may refuse: a key of REFUSABLE -> the same with its value.
 
     {"temperature": "temperature", "thinking": "thinking.disabled", "tool_choice": "tool_choice"}
@@ -1042,7 +1040,7 @@ def without(turn: Turn, name: str) -> Turn:
     return replace(turn, fields=fields, messages=messages)
 
 
-def refusal_rule(turn: Turn, message: str) -> Optional[dict]:
+def refusal_rule(turn: Turn, message: str) -> dict | None:
     """What to drop, as an error message names it: {"drop": feature, "with": [features]}.
 
     The first one named is dropped, the others that are set too are the condition; None if the
@@ -1056,7 +1054,7 @@ def refusal_rule(turn: Turn, message: str) -> Optional[dict]:
     return {"drop": found[names[0]], "with": sorted(found[n] for n in names[1:])} if names else None
 
 
-def with_thinking(turn: Turn, refused: List[str]) -> Turn:
+def with_thinking(turn: Turn, refused: list[str]) -> Turn:
     """Sampling, a forced tool or a small output limit need thinking off, which the CLI turns on.
     If the caller says nothing of it, it is switched off, unless the model refuses that."""
     fields, wanted = turn.fields, {*SAMPLING, "tool_choice"} & set(features(turn))
@@ -1074,7 +1072,7 @@ def initialize_request(turn: Turn) -> dict:
             **({"sdkMcpServers": [SERVER]} if turn.tools else {})}
 
 
-def settings_request(turn: Turn, model: Optional[str]) -> dict:
+def settings_request(turn: Turn, model: str | None) -> dict:
     """The control request that sets what may change from turn to turn; `model` if it has to."""
     body = {name: value for name, value in turn.fields.items() if name != "effort"}
     silent = body.get("thinking", {}).get("type") == "disabled"
@@ -1121,7 +1119,7 @@ def assistant_line(message: dict, uid: str, model: str) -> dict:
                         "usage": {"input_tokens": 0, "output_tokens": 0}}}
 
 
-def mcp_answer(message: dict, tools: List[dict], result: Optional[dict] = None) -> dict:
+def mcp_answer(message: dict, tools: list[dict], result: dict | None = None) -> dict:
     """JSON-RPC answer to an MCP message; `result` is the client's tool_result for tools/call."""
     answer: dict = {}
     if result is not None:
@@ -1146,7 +1144,7 @@ def fits_mcp(block: dict) -> bool:
         for part in block["content"])
 
 
-def status_error(status: int, message: str, retry_after: Optional[int] = None) -> ApiError:
+def status_error(status: int, message: str, retry_after: int | None = None) -> ApiError:
     """The ApiError for an upstream's HTTP status; unknown ones keep their number."""
     kind = KIND_OF_STATUS.get(status, "invalid_request" if 400 <= status < 500 else "backend_error")
     return ApiError(kind, message, status=status, retry_after=retry_after)
@@ -1172,7 +1170,7 @@ class Reply:
     sent as it comes, a whole one once the CLI has found it valid.
     """
     done = reusable = False
-    failed: Optional[ApiError] = None
+    failed: ApiError | None = None
     model = ""                              # as system/init names it
     retry_after = 0                         # seconds, as the CLI says what it was told
     _begun = _visible = _called = False     # message_start, something to see, a client's call
@@ -1183,19 +1181,19 @@ class Reply:
     def __init__(self, turn: Turn, clock: Callable[[], float] = time.time) -> None:
         self.turn, self._clock, self._strict = turn, clock, turn.schema is not None
         self._names = {wire_name(tool["name"]): tool["name"] for tool in turn.tools}
-        self._index: Dict[int, int] = {}    # the CLI's index of a block -> ours
-        self._held: List[dict] = []         # the answer's events, until the CLI validated them
+        self._index: dict[int, int] = {}    # the CLI's index of a block -> ours
+        self._held: list[dict] = []         # the answer's events, until the CLI validated them
         self._closing: dict = {}            # message_delta with the stop reason
         self._problem: dict = {}            # the line with the CLI's word for an error
 
-    def feed(self, line: dict) -> List[dict]:
+    def feed(self, line: dict) -> list[dict]:
         """The events of a line.  Died if it has a shape that nobody has seen yet."""
         try:
             return [] if self.done or line.get("parent_tool_use_id") else self._feed(line) or []
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
             raise Died(f"claude speaks another protocol: {exc!r}") from exc
 
-    def _feed(self, line: dict) -> Optional[List[dict]]:
+    def _feed(self, line: dict) -> list[dict] | None:
         kind, word = line.get("type"), line.get("subtype")
         if kind == "stream_event":
             return self._event(line["event"])
@@ -1220,7 +1218,7 @@ class Reply:
             self.failed = self._failure(line)
         return None
 
-    def _event(self, event: dict) -> Optional[List[dict]]:
+    def _event(self, event: dict) -> list[dict] | None:
         kind, reason = event["type"], (event.get("delta") or {}).get("stop_reason")
         if kind.startswith("content_block_"):
             return self._block(event, event["index"])
@@ -1242,7 +1240,7 @@ class Reply:
             self._closing["delta"]["stop_reason"] != "tool_use" or self._called)
         return self._finish(self._closing)
 
-    def _block(self, event: dict, index: int) -> Optional[List[dict]]:
+    def _block(self, event: dict, index: int) -> list[dict] | None:
         """An event of a content block, with our index; kept back while it may prove invalid."""
         block, delta = event.get("content_block") or {}, event.get("delta") or {}
         kind = block.get("type")
@@ -1271,12 +1269,12 @@ class Reply:
             return events if self.turn.stream else None
         return [event]
 
-    def _finish(self, closing: dict) -> List[dict]:
+    def _finish(self, closing: dict) -> list[dict]:
         self.done = True
         held = [] if self.turn.stream else self._held
         return [*held, closing, {"type": "message_stop"}]
 
-    def _verdict(self, content: List[dict]) -> Optional[List[dict]]:
+    def _verdict(self, content: list[dict]) -> list[dict] | None:
         """The CLI's word on the answer tool's call: valid, or what is wrong with it."""
         told = next((b for b in content if b.get("tool_use_id") == self._answer), None)
         if told is None:
@@ -1322,28 +1320,27 @@ class Claude:
         loop = asyncio.get_running_loop()
         self.process, self._ended = process, ended
         self.born = self.last_used = loop.time()
-        self.profile: Optional[bytes] = None    # digest of what it was initialised for
-        self.told: Dict[str, dict] = {}         # subtype of a control request -> the last answer
+        self.profile: bytes | None = None    # digest of what it was initialised for
+        self.told: dict[str, dict] = {}         # subtype of a control request -> the last answer
         self.init: dict = {}                    # the last system/init line
-        self.awaited: Set[str] = set()          # tool calls whose results it waits for (parked)
+        self.awaited: set[str] = set()          # tool calls whose results it waits for (parked)
         self.cost = 0.0                         # total_cost_usd so far
-        self.failure: Optional[ApiError] = None
+        self.failure: ApiError | None = None
         self._due = self._seen = 0              # `result` lines still to come, and seen
-        self._tools: List[dict] = []
+        self._tools: list[dict] = []
         self._settings: dict = {}               # the last settings request
-        self._asked: Dict[str, str] = {}        # open control requests: id -> subtype
-        self._calls: Dict[str, Tuple[str, dict]] = {}   # tool_use id -> its open tools/call
-        self._results: Dict[str, dict] = {}             # tool_use id -> result not asked for yet
-        self._inbox: Optional[deque] = None     # lines of the running turn
-        self._wake: Optional[asyncio.Future] = None     # something has come
-        self._room: Optional[asyncio.Future] = None     # the inbox has been emptied
+        self._asked: dict[str, str] = {}        # open control requests: id -> subtype
+        self._calls: dict[str, tuple[str, dict]] = {}   # tool_use id -> its open tools/call
+        self._results: dict[str, dict] = {}             # tool_use id -> result not asked for yet
+        self._inbox: deque | None = None     # lines of the running turn
+        self._wake: asyncio.Future | None = None        # done when something has come
         self._stderr: deque = deque(maxlen=20)
         self._tasks = [loop.create_task(self._pump()), loop.create_task(self._listen())]
 
     @classmethod
-    async def spawn(cls, argv: List[str], env: Dict[str, str], cwd: str, ended: Callable) -> Claude:
+    async def spawn(cls, argv: list[str], env: dict[str, str], cwd: str, ended: Callable) -> Claude:
         """A new process in a group of its own.  ApiError unavailable if it cannot be started."""
-        group: Dict[str, Any] = {"start_new_session": True} if POSIX else {
+        group: dict[str, Any] = {"start_new_session": True} if POSIX else {
             "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
         pipe = subprocess.PIPE
         try:
@@ -1368,9 +1365,8 @@ class Claude:
                     pieces, held = [rest], len(rest)
                 if held > LINE_LIMIT:
                     raise Died(f"claude sent a line over {LINE_LIMIT} bytes")
-                while self._inbox is not None and len(self._inbox) > INBOX_LIMIT:
-                    self._room = asyncio.get_running_loop().create_future()
-                    await self._room
+                while self._inbox and len(self._inbox) > INBOX_LIMIT:
+                    await asyncio.sleep(0.01)
                 if not data:
                     break
         except Died as error:
@@ -1422,26 +1418,24 @@ class Claude:
         self._wake_up()
 
     def _control_request(self, request_id: str, request: dict) -> None:
-        message, payload = request.get("message") or {}, None
+        message, verdict = request.get("message") or {}, {"subtype": "error", "error": "unknown"}
         if message.get("method") == "tools/call":
             call = message["params"]["_meta"]["claudecode/toolUseId"]
             self._calls[call] = (request_id, message)
             return self._answer_calls()
         if request["subtype"] == "mcp_message":
-            payload = mcp_answer(message, self._tools)
+            verdict = {"subtype": "success", "response": mcp_answer(message, self._tools)}
         elif request["subtype"] == "can_use_tool":
-            payload = {"behavior": "deny", "message": "Only the client's own tools are available."}
-        self._respond(request_id, payload)
-
-    def _respond(self, request_id: str, payload: Optional[dict]) -> None:
-        verdict = {"subtype": "error", "error": "not supported"} if payload is None else {
-            "subtype": "success", "response": payload}
+            denial = {"behavior": "deny", "message": "Only the client's own tools are available."}
+            verdict = {"subtype": "success", "response": denial}
         self.send({"type": "control_response", "response": {**verdict, "request_id": request_id}})
 
     def _answer_calls(self) -> None:
         for call in [c for c in self._calls if c in self._results]:
             request_id, message = self._calls.pop(call)
-            self._respond(request_id, mcp_answer(message, [], self._results.pop(call)))
+            answer = mcp_answer(message, [], self._results.pop(call))
+            self.send({"type": "control_response", "response": {
+                "subtype": "success", "request_id": request_id, "response": answer}})
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():
@@ -1463,20 +1457,20 @@ class Claude:
         self._asked[name] = request["subtype"]
         return {"type": "control_request", "request_id": name, "request": request}
 
-    def initialize(self, turn: Turn, profile: bytes) -> List[dict]:
+    def initialize(self, turn: Turn, profile: bytes) -> list[dict]:
         """The lines that make a blank process one for this prompt, these tools and this schema."""
         if self.profile is not None:
             return []
         self.profile, self._tools = profile, wire_tools(turn)
         return [self.control(initialize_request(turn))]
 
-    def configure(self, turn: Turn, model: Optional[str]) -> List[dict]:
+    def configure(self, turn: Turn, model: str | None) -> list[dict]:
         """The line that sets this turn's parameters; none if they stand already."""
         request, before = settings_request(turn, model), self._settings
         self._settings = request
         return [] if request == before else [self.control(request)]
 
-    async def remember(self, lines: List[dict], messages: Tuple[dict, ...], model: str,
+    async def remember(self, lines: list[dict], messages: tuple[dict, ...], model: str,
                        wait_s: float) -> None:
         """Send lines, then put messages into its history without starting a turn.
 
@@ -1492,7 +1486,7 @@ class Claude:
             self.send(user_line(message, name, False))
             await self.settle(wait_s)       # before its result the order would be lost
 
-    def begin(self, lines: List[dict], message: dict) -> None:
+    def begin(self, lines: list[dict], message: dict) -> None:
         """Start a turn with the user's message, or go on with a parked one by its tool results."""
         self._inbox = deque()
         if self.awaited:
@@ -1504,29 +1498,32 @@ class Claude:
             self.send(*lines, user_line(message, str(uuid.uuid4())))
         self.awaited = set()
 
-    def rest(self, awaited: Set[str]) -> None:
+    def rest(self, awaited: set[str]) -> None:
         """The turn's message is whole; wait for the next turn, or for results of these calls."""
         self._inbox, self.awaited = None, awaited
         self.last_used = asyncio.get_running_loop().time()
 
-    async def lines(self, stall_s: float) -> List[dict]:
+    async def lines(self, stall_s: float) -> list[dict]:
         """The lines that have come since; waits for one.  ApiError when it dies or is silent."""
         while not self._inbox:
             await self._wait(stall_s)
-        lines = list(self._inbox)
-        self._inbox.clear()
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
+        lines, self._inbox = list(self._inbox), deque()
         return lines
 
     async def _wait(self, wait_s: float) -> None:
-        if self.failure:
-            raise self.failure
-        if self._wake is None or self._wake.done():
-            self._wake = asyncio.get_running_loop().create_future()
-        if not (await asyncio.wait({self._wake}, timeout=wait_s))[0]:
-            raise ApiError("timeout", f"claude was silent for {wait_s:g} s; "
-                           + (self.last_words() or "try `ccproxy.py doctor`"))
+        """Wait until something has come.  ApiError when it is dead, or silent for so long."""
+        slices = math.ceil(2 * wait_s)
+        for _ in range(slices):
+            if self.failure:
+                break
+            if self._wake is None or self._wake.done():
+                self._wake = asyncio.get_running_loop().create_future()
+            if (await asyncio.wait({self._wake}, timeout=wait_s / slices))[0]:
+                return
+            if self.process.returncode is not None:     # while a grandchild keeps its pipes open
+                self._fail(Died(f"claude ended (exit code {self.process.returncode})"))
+        words = self.last_words() or "try `ccproxy.py doctor`"
+        raise self.failure or ApiError("timeout", f"claude was silent for {wait_s:g} s; {words}")
 
     async def settle(self, wait_s: float) -> None:
         """Wait until the `result` of everything sent so far has come."""
@@ -1589,11 +1586,11 @@ class Receipt:
     """How a turn was served, for the response's head and the log."""
     caller: str = ""
     conversation: str = ""                  # new, continued or rebuilt
-    ignored: List[str] = field(default_factory=list)
-    cost: Optional[float] = None            # US dollars, if the CLI said it
+    ignored: list[str] = field(default_factory=list)
+    cost: float | None = None            # US dollars, if the CLI said it
 
 
-async def find_claude(wanted: str) -> Tuple[List[str], str]:
+async def find_claude(wanted: str) -> tuple[list[str], str]:
     """The command that starts the CLI, or the stand-in, and its version.
 
     ApiError unavailable, with the command to run, if it is missing, too old or does not start.
@@ -1638,7 +1635,7 @@ def profile_digest(turn: Turn) -> bytes:
     return hashlib.sha256(said.encode("ascii")).digest()
 
 
-def digest_chain(turn: Turn, caller: str, model: str) -> List[bytes]:
+def digest_chain(turn: Turn, caller: str, model: str) -> list[bytes]:
     """A key for each prefix of the conversation: [nothing said, first message, ..., all]."""
     chain = [hashlib.sha256(json.dumps([caller, model]).encode() + profile_digest(turn)).digest()]
     for message in turn.messages:
@@ -1697,19 +1694,19 @@ class Conversations:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.refusals = Refusals(os.path.join(state_dir(settings), "refusals.json"))
-        self.fleet: Set[Claude] = set()             # all that are not being closed
-        self.spares: List[Claude] = []
-        self.idle: Dict[bytes, Claude] = {}         # key of the whole conversation -> process
-        self.models: List[dict] = []                # as the CLI reports them
+        self.fleet: set[Claude] = set()             # all that are not being closed
+        self.spares: list[Claude] = []
+        self.idle: dict[bytes, Claude] = {}         # key of the whole conversation -> process
+        self.models: list[dict] = []                # as the CLI reports them
         self.account: dict = {}                     # and whose login it is
         self.version, self.trouble = "", "no process is up yet"     # why nothing could be served
-        self._command: List[str] = []
+        self._command: list[str] = []
         self._looked = -math.inf                    # when the binary was looked for last
-        self._full_ids: Dict[str, str] = {}         # model value -> full id
+        self._full_ids: dict[str, str] = {}         # model value -> full id
         self._wanted = Turn("")                     # what was asked for last, without messages
-        self._undecided: Set[Reply] = set()         # turns before their first delta
+        self._undecided: set[Reply] = set()         # turns before their first delta
         self._waiting = self._failures = 0          # requests in line; spares that died early
-        self._closers: Set[asyncio.Task] = set()
+        self._closers: set[asyncio.Task] = set()
 
     async def start(self) -> None:
         self._changed, self._known = asyncio.Event(), asyncio.Event()   # 3.9 binds the loop here
@@ -1719,15 +1716,16 @@ class Conversations:
 
     async def stop(self) -> None:
         """No child process is left when this returns."""
-        self._keeper.cancel()
-        await asyncio.wait({self._keeper})
+        while not self._keeper.done():      # until 3.12 wait_for may swallow a cancellation
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper}, timeout=0.1)
         while self.fleet or self._closers:
             for claude in list(self.fleet):
                 self._close(claude)
             await asyncio.wait(self._closers)
         shutil.rmtree(self._cwd, ignore_errors=True)
 
-    async def command(self) -> List[str]:
+    async def command(self) -> list[str]:
         """The checked command of the CLI; while it is missing it is looked for every 2 s at most."""
         async with self._check:
             now = asyncio.get_running_loop().time()
@@ -1741,7 +1739,7 @@ class Conversations:
                 raise ApiError("unavailable", self.trouble)
             return self._command
 
-    async def known_models(self) -> List[dict]:
+    async def known_models(self) -> list[dict]:
         """The models that the CLI reports; a process is asked if none has told them yet."""
         await self.command()
         with contextlib.suppress(asyncio.TimeoutError):
@@ -1770,7 +1768,7 @@ class Conversations:
     # -- a turn
 
     async def events(self, turn: Turn, message: Message, receipt: Receipt
-                     ) -> AsyncIterator[List[dict]]:
+                     ) -> AsyncIterator[list[dict]]:
         """Bursts of events of exactly one message, which the caller folds into `message`.
 
         Before its first event a turn is tried again: without what the model refuses, and once on
@@ -1797,7 +1795,7 @@ class Conversations:
             finally:
                 await stream.aclose()
 
-    async def _play(self, turn, model, message, receipt) -> AsyncIterator[List[dict]]:
+    async def _play(self, turn, model, message, receipt) -> AsyncIterator[list[dict]]:
         """One try of a turn on one process, which is kept if it stands clean behind it."""
         reply, claude, kept = Reply(turn), None, False
         self._undecided.add(reply)          # no spare is started before its first delta
@@ -1852,12 +1850,12 @@ class Conversations:
             self._close(claude)
             raise
 
-    def _opening(self, claude: Claude, turn: Turn, profile: bytes, model: str) -> List[dict]:
+    def _opening(self, claude: Claude, turn: Turn, profile: bytes, model: str) -> list[dict]:
         """What to say before the turn.  The model only if it is another: 2.1.197 notes a change."""
         other = None if model == self.settings.model else model
         return claude.initialize(turn, profile) + claude.configure(turn, other)
 
-    def _live(self, key: bytes, last: dict) -> Optional[Claude]:
+    def _live(self, key: bytes, last: dict) -> Claude | None:
         """The live process at this point of the conversation, if the last message suits it."""
         claude = self.idle.get(key)
         if claude is None or claude.failure or (claude.awaited and (
@@ -1866,7 +1864,7 @@ class Conversations:
             return None
         return self.idle.pop(key)
 
-    def _rest(self, claude: Claude, chain: List[bytes], message: Message) -> bool:
+    def _rest(self, claude: Claude, chain: list[bytes], message: Message) -> bool:
         """Keep the process for the conversation's next turn."""
         said = canonical_message({"role": "assistant", "content": message.content})
         key = hashlib.sha256(chain[-1] + said).digest()
@@ -2026,14 +2024,14 @@ def is_loopback(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
 
 
-def check_host(host: str, local_address: str, allowed: List[str]) -> None:
+def check_host(host: str, local_address: str, allowed: list[str]) -> None:
     """Loopback names, the address that the connection came in on, and configured names."""
     name, known = host_name(host), {local_address, *map(host_name, allowed)} - {""}
     if not name or not (is_loopback(name) or name in known or "*" in allowed):
         raise ApiError("forbidden", f"Host {host[:100]!r} is not answered; see --allow-hosts")
 
 
-def check_origin(origin: str, host: str, allowed: List[str]) -> bool:
+def check_origin(origin: str, host: str, allowed: list[str]) -> bool:
     """True if the browser origin is configured (CORS applies); False if it is our own page's."""
     if origin.lower() in [entry.lower().rstrip("/") for entry in allowed] or "*" in allowed:
         return True
@@ -2068,30 +2066,30 @@ class Wire(asyncio.StreamReaderProtocol):
     """asyncio's streams, which tell of a client's end only to who reads; a turn does not read."""
     connection: Connection
 
-    def eof_received(self) -> Optional[bool]:
+    def eof_received(self) -> bool | None:
         self.connection.half_closed()
         return super().eof_received()
 
-    def connection_lost(self, exc: Optional[Exception]) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.connection.task.cancel()
 
 
 class Connection:
     """One client's connection: requests one after the other, an answer each."""
-    request: Optional[Request] = None       # the one that is being answered
-    heartbeat: Optional[Callable[[], None]] = None      # writes something harmless
+    request: Request | None = None       # the one that is being answered
+    heartbeat: Callable[[], None] | None = None      # writes something harmless
     head_sent = _keep = _chunked = _body_read = False
 
     def __init__(self, server: Server, reader: asyncio.StreamReader,
-                 writer: asyncio.StreamWriter) -> None:
-        self.server, self.reader, self.writer = server, reader, writer
+                 writer: asyncio.StreamWriter, full: bool) -> None:
+        self.server, self.reader, self.writer, self._full = server, reader, writer, full
         writer.transport.set_write_buffer_limits(high=BUFFER_LIMIT)
         self.task = asyncio.get_running_loop().create_task(self._serve())
 
     async def _serve(self) -> None:
         try:
-            if len(self.server.connections) > self.server.limit:
+            if self._full:
                 raise ApiError("unavailable", "too many connections", retry_after=1)
             head = await self._read_head()
             while head:
@@ -2115,19 +2113,15 @@ class Connection:
             self.writer.close()
 
     async def _read_head(self) -> bytes:
-        """The next request's head; empty when the client has ended, or is idle for too long."""
+        """The next request's head; empty when the client has ended, is idle or too slow."""
         first = b"\r"
         try:
             while first in (b"\r", b"\n"):      # RFC 9112, 2.2: a blank line left over
                 first = await asyncio.wait_for(self.reader.read(1), IDLE_TIMEOUT)
             rest = self.reader.readuntil(b"\r\n\r\n")
             return first + await asyncio.wait_for(rest, HEAD_TIMEOUT)
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, asyncio.TimeoutError):
             return b""
-        except asyncio.TimeoutError:
-            if first in (b"\r", b"\n"):
-                return b""
-            raise ApiError("request_timeout", "the request came too slowly") from None
         except asyncio.LimitOverrunError:
             long_line = b"\r\n" not in await self.reader.read(MAX_LINE)
             raise ApiError("uri_too_long" if long_line else "headers_too_large",
@@ -2150,7 +2144,7 @@ class Connection:
         self._body_read = True
         return body
 
-    async def _read_pieces(self, length: Optional[int], limit: int) -> bytes:
+    async def _read_pieces(self, length: int | None, limit: int) -> bytes:
         """A body by its length, or by chunks (RFC 9112, 7.1); trailer fields are read over."""
         pieces, total, end, size = [], 0, b"\r\n", length
         while size != 0:
@@ -2167,32 +2161,36 @@ class Connection:
                 break
             if size and await self.reader.readexactly(2) != end:
                 raise ApiError("invalid_request", "chunked body: chunk longer than its size")
-        for _ in range(MAX_FIELDS if length is None else 0):
-            if await self.reader.readuntil(end) == end:
-                break
-        return b"".join(pieces)
+        for _ in range(MAX_FIELDS):
+            if length is not None or await self.reader.readuntil(end) == end:
+                return b"".join(pieces)
+        raise ApiError("headers_too_large", "chunked body: too many trailer fields")
 
     # -- answers
 
-    def start(self, status: int, headers: Mapping[str, str], length: Optional[int] = None) -> None:
-        """Send a head; without a length the body follows by write() and end()."""
+    def start(self, status: int, headers: Mapping[str, str], length: int | None = None) -> None:
+        """Begin an answer; without a length its body follows by write() and end()."""
         self._chunked = length is None and self.request.minor > 0
         self._keep = self._keep and self._body_read and (self._chunked or length is not None)
         framing = {} if status == 204 else {"Transfer-Encoding": "chunked"} if self._chunked else (
             {} if length is None else {"Content-Length": str(length)})
         self.head_sent = True
-        self.writer.write(response_head(status, {
+        self._head = response_head(status, {
             "Date": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()), **headers, **framing,
-            "Connection": "keep-alive" if self._keep else "close"}))
+            "Connection": "keep-alive" if self._keep else "close"})
 
     async def send(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
         """A whole answer; HEAD gets its head alone."""
         self.start(status, headers, len(body))
-        self.writer.write(b"" if self.request and self.request.method == "HEAD" else body)
+        silent = self.request is not None and self.request.method == "HEAD"
+        self.writer.write(self._head if silent else self._head + body)
         await self.drain()
 
     def write(self, data: bytes) -> None:
-        self.writer.write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
+        """A piece of the body; the head goes with the first."""
+        framed = b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data
+        self.writer.write(self._head + framed)
+        self._head = b""
 
     def end(self) -> None:
         self.writer.write(b"0\r\n\r\n" if self._chunked else b"")
@@ -2246,7 +2244,7 @@ class Server:
 
     def __init__(self, settings: Settings, handle: Callable, refuse: Callable) -> None:
         self.settings, self.handle, self.refuse = settings, handle, refuse
-        self.connections: Set[Connection] = set()
+        self.connections: set[Connection] = set()
         self.stopping, self.limit = False, settings.max_connections
 
     async def start(self) -> int:
@@ -2255,20 +2253,23 @@ class Server:
         if self.settings.tls_cert:
             import ssl
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(self.settings.tls_cert, self.settings.tls_key)
+            try:
+                context.load_cert_chain(self.settings.tls_cert, self.settings.tls_key)
+            except OSError as exc:          # ssl.SSLError is one
+                raise ConfigError(f"{self.settings.tls_cert}, {self.settings.tls_key}: {exc}") from None
         with contextlib.suppress(ImportError, ValueError, OSError):
             import resource                 # at the end of descriptors asyncio's accept loop spins
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            soft = max(soft, min(self.limit + 256, hard if hard > 0 else soft))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            self.limit = min(self.limit, max(8, soft - 128))
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            self.limit = min(self.limit, max(8, hard - 128)) if hard > 0 else self.limit
         self._server = await asyncio.get_running_loop().create_server(
             self._wire, self.settings.host, self.settings.port, backlog=512, ssl=context)
         return self._server.sockets[0].getsockname()[1]
 
     def _wire(self) -> Wire:
         def opened(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            wire.connection = Connection(self, reader, writer)
+            full = len(self.connections) >= self.limit
+            wire.connection = Connection(self, reader, writer, full)
             self.connections.add(wire.connection)
         wire = Wire(asyncio.StreamReader(MAX_HEAD), opened)
         return wire
@@ -2290,7 +2291,7 @@ class Server:
 # events, fold and send, record.  Owner of a turn's deadline and the caller's identity.
 # To add a route: one row in ROUTES and a method of that name.
 
-ROUTES: Dict[str, Tuple[str, str, str]] = {     # path without /v1 -> method, work, dialect
+ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> method, work, dialect
     "/": ("GET", "about", ""), "/health": ("GET", "health", ""), "/healthz": ("GET", "health", ""),
     "/readyz": ("GET", "ready", ""), "/status": ("GET", "status", ""),
     "/models": ("GET", "models", ""), "/models/": ("GET", "models", ""),
@@ -2302,7 +2303,7 @@ PUBLIC = ("about", "health", "ready")       # work that needs no key
 PREFIXES = ("chat",)            # backends that a path may name:  /chat/v1/messages
 
 
-def route_path(path: str) -> Tuple[str, str]:
+def route_path(path: str) -> tuple[str, str]:
     """The path as ROUTES knows it, and the model in it.  All of the ways to write a base URL work.
 
     /v1/messages, /messages, /v1/v1/messages, /v1/messages/, /chat/v1/messages -> "/messages", ""
@@ -2322,6 +2323,18 @@ def route_path(path: str) -> Tuple[str, str]:
     return known + "/" * bool(model), model
 
 
+def plain_error(error: ApiError) -> dict:
+    """The envelope outside of a dialect: readable by both SDK families."""
+    both = {**chat_error(error)["error"], **messages_error(error)["error"]}
+    return {"type": "error", "error": both}
+
+
+def error_headers(error: ApiError) -> dict[str, str]:
+    more = {"Retry-After": str(error.retry_after or ""), "WWW-Authenticate":
+            "Bearer" if error.status == 401 else "", "Content-Type": "application/json"}
+    return {name: value for name, value in more.items() if value}
+
+
 @dataclass
 class Call:
     """One request on its way through the app: what came, what is known, how it is answered."""
@@ -2329,17 +2342,17 @@ class Call:
     request: Request
     now: Callable[[], float]
     name: str = ""                          # request id
-    headers: Dict[str, str] = field(default_factory=dict)       # of the answer
-    dialect: Optional[Dialect] = None
-    turn: Optional[Turn] = None
-    message: Optional[Message] = None
+    headers: dict[str, str] = field(default_factory=dict)       # of the answer
+    dialect: Dialect | None = None
+    turn: Turn | None = None
+    message: Message | None = None
     receipt: Receipt = field(default_factory=Receipt)
     status: int = 0
     failure: str = ""
     first_at: float = 0.0                   # time of the first delta
     written_at: float = 0.0                 # time of the last frame, at first of the request
 
-    def told(self) -> Dict[str, str]:
+    def told(self) -> dict[str, str]:
         """The headers of the answer, with how the turn was served."""
         told = {"X-CC-Conversation": self.receipt.conversation, "X-CC-Ignored-Params":
                 ", ".join(self.receipt.ignored)[:2000],
@@ -2351,9 +2364,9 @@ class Call:
         await self.connection.send(status, {**self.told(), "Content-Type": "application/json"},
                                    encode_json(value))
 
-    async def give(self, events: List[dict]) -> None:
+    async def give(self, events: list[dict]) -> None:
         """Fold events; send them if streamed, the whole message once it is done."""
-        frames: List[bytes] = []
+        frames: list[bytes] = []
         for event in events:
             self.message.add(event)
             if not self.first_at and event["type"] == "content_block_delta":
@@ -2367,7 +2380,7 @@ class Call:
         elif self.message.done:
             await self.send(200, self.dialect.body(self.message))
 
-    def write(self, frames: List[bytes]) -> None:
+    def write(self, frames: list[bytes]) -> None:
         """Send frames; the head goes with the first: by then it is known how the turn is served."""
         if not self.connection.head_sent:
             self.status = 200
@@ -2387,9 +2400,7 @@ class Call:
         self.status, self.failure = error.status, error.message
         envelope = self.dialect.error(error) if self.dialect else plain_error(error)
         if not self.connection.head_sent:
-            more = {"Retry-After": str(error.retry_after or ""),
-                    "WWW-Authenticate": "Bearer" if error.status == 401 else ""}
-            self.headers.update({name: value for name, value in more.items() if value})
+            self.headers.update(error_headers(error))
             await self.send(error.status, {**envelope, "request_id": self.name})
         elif self.turn and not self.message.done:
             self.write(self.dialect.frames(self.message, {**envelope, "type": "error"}))
@@ -2406,12 +2417,6 @@ class Call:
             f"in {used[0]} out {used[2]}" if any(used) else "",
             "" if self.receipt.cost is None else f"${self.receipt.cost:.4f}",
             self.receipt.conversation, self.name, self.failure and f"| {self.failure[:300]}")))
-
-
-def plain_error(error: ApiError) -> dict:
-    """The envelope outside of a dialect: readable by both SDK families."""
-    both = {**chat_error(error)["error"], **messages_error(error)["error"]}
-    return {"type": "error", "error": both}
 
 
 class App:
@@ -2506,8 +2511,7 @@ class App:
         """Answer what was no request."""
         if not self.settings.quiet:
             say(f"{time.strftime('%H:%M:%S')} - {error.status} | {error.message[:200]}")
-        await connection.send(error.status, {"Content-Type": "application/json"},
-                              encode_json(plain_error(error)))
+        await connection.send(error.status, error_headers(error), encode_json(plain_error(error)))
 
     async def _parse(self, call: Call) -> Turn:
         kind = call.request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -2560,7 +2564,7 @@ class App:
 
     async def _models(self, call: Call) -> None:
         """What the CLI reports, by name and full id, and what --models names: for both SDKs."""
-        named: Dict[str, str] = {}
+        named: dict[str, str] = {}
         for model in await self.conversations.known_models():
             for name in filter(None, (model.get("value"), model.get("resolvedModel"))):
                 named.setdefault(name, model.get("displayName") or name)
@@ -2605,7 +2609,7 @@ class App:
 # == 11. Commands ==================================================================================
 # The command line: serve, doctor, version, the stand-in; and the two ways in for importers.
 
-def serve(settings: Optional[Settings] = None) -> None:
+def serve(settings: Settings | None = None) -> None:
     """Serve until Ctrl-C or SIGTERM.  OSError if the port is taken, ConfigError if one is off."""
     settings = settings or Settings()
     app = App(settings)
@@ -2637,7 +2641,7 @@ def running(**values: Any) -> Iterator[str]:
         with ccproxy.running(claude="echo") as url: ...
     """
     app, up = App(Settings(**{"port": 0, "quiet": True, **values})), threading.Event()
-    state: Dict[str, Any] = {}
+    state: dict[str, Any] = {}
 
     async def main() -> None:
         state["loop"], state["stop"] = asyncio.get_running_loop(), asyncio.Event()
@@ -2696,19 +2700,15 @@ async def examine(settings: Settings, deep: bool) -> bool:
 
 def sample(schema: dict, root: dict) -> Any:
     """A smallest value for a JSON schema: what the stand-in answers when one is set."""
-    for word in ("anyOf", "oneOf", "allOf", "enum"):
-        if schema.get(word):
-            return schema[word][0] if word == "enum" else sample(schema[word][0], root)
+    schema = (schema.get("anyOf") or schema.get("oneOf") or [schema])[0]
     if "$ref" in schema:
         return sample(root[schema["$ref"].split("/")[1]][schema["$ref"].split("/")[2]], root)
-    kind = schema.get("type", "object")
+    kind, items = schema.get("type", "object"), schema.get("items", {"type": "string"})
+    inner = {name: sample(part, root) for name, part in schema.get("properties", {}).items()}
+    values = {"string": "text", "boolean": True, "null": None, "object": inner,
+              "array": [sample(items, root)] if kind == "array" else []}
     kind = kind[0] if isinstance(kind, list) else kind
-    if kind == "object":
-        return {name: sample(inner, root) for name, inner in schema.get("properties", {}).items()}
-    if kind == "array":
-        return [sample(schema.get("items") or {}, root)] * schema.get("minItems", 1)
-    number = schema.get("minimum", 1)
-    return schema.get("const", {"string": "text", "boolean": True, "null": None}.get(kind, number))
+    return schema.get("const", (schema.get("enum") or [values.get(kind, schema.get("minimum", 1))])[0])
 
 
 def stand_in() -> None:
@@ -2720,9 +2720,9 @@ def stand_in() -> None:
     /slow               answer a word every 0.1 s
     /long N             answer with N words
     """
-    schema: Optional[dict] = None
-    history: List[dict] = []
-    calls: List[dict] = []                  # tool_use blocks whose results are due
+    schema: dict | None = None
+    history: list[dict] = []
+    calls: list[dict] = []                  # tool_use blocks whose results are due
 
     def put(kind: str, **line: Any) -> None:
         print(json.dumps({"type": kind, **line}), flush=True)
@@ -2730,7 +2730,7 @@ def stand_in() -> None:
     def event(kind: str, **fields: Any) -> None:
         put("stream_event", event={"type": kind, **fields})
 
-    def block(index: int, start: dict, kind: str, pieces: List[str], pause_s: float = 0) -> None:
+    def block(index: int, start: dict, kind: str, pieces: list[str], pause_s: float = 0) -> None:
         event("content_block_start", index=index, content_block=start)
         for piece in pieces:
             time.sleep(pause_s)
@@ -2740,7 +2740,7 @@ def stand_in() -> None:
             event("content_block_delta", index=index, delta=delta)
         event("content_block_stop", index=index)
 
-    def finish(content: List[dict], reason: str, made: int) -> None:
+    def finish(content: list[dict], reason: str, made: int) -> None:
         history.append({"role": "assistant", "content": content})
         event("message_delta", delta={"stop_reason": reason, "stop_sequence": None},
               usage={"output_tokens": made})
@@ -2841,7 +2841,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["stand-in"]:            # followed by the CLI's own arguments
