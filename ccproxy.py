@@ -51,6 +51,7 @@ from typing import Any, AsyncIterator, Callable, Iterator, Mapping, NamedTuple
 __version__ = "0.1.0"
 __all__ = ["Settings", "serve", "running", "ApiError", "DIALECTS"]
 
+CLI_QUIET = (2, 1, 330)     # older ones tell the model in its conversation that it was changed
 CLI_FLOOR = (2, 1, 110)     # older ones lack shouldQuery, list-valued systemPrompt and settings.env
 INSTALL = "npm install -g @anthropic-ai/claude-code"
 POSIX = os.name == "posix"
@@ -933,6 +934,7 @@ ANSWER_HELP = ("Use this tool to return your final response in the requested str
                "You MUST call this tool exactly once at the end of your response.")
 NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
 SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
+ANSWER_TRIES = 5        # messages of the model until it has answered to a schema; 2.1.110 has no end
 PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the caller may decide
 OUTER_ENV = re.compile(r"CLAUDECODE$|CLAUDE_AGENT_|CCPROXY_|CLAUDE_CODE_(?!OAUTH_TOKEN$|USE_\w+$|"
                        r"SKIP_\w+_AUTH$|CLIENT_\w+$)")  # of an outer session, or ours
@@ -1015,12 +1017,13 @@ SINGLE = "disable_parallel_tool_use"
 def features(turn: Turn) -> dict[str, str]:
     """What a turn sets that a model may refuse: a key of REFUSABLE -> the same with its value.
 
-    {"temperature": "temperature", "thinking": "thinking.disabled", "tool_choice": "tool_choice"}
+    {"temperature": "temperature", "thinking": "thinking.disabled", "tool_choice": "tool_choice"};
+    "thinking.default" is what the CLI makes of a turn that says nothing.
     """
     found = {name: name for name in REFUSABLE if name in turn.fields}
-    for name, value in (("thinking", turn.fields.get("thinking", {}).get("type")),
-                        ("effort", turn.fields.get("effort"))):
-        found.update({name: f"{name}.{value}"} if value else {})
+    found["thinking"] = "thinking." + turn.fields.get("thinking", {}).get("type", "default")
+    if turn.fields.get("effort"):
+        found["effort"] = "effort." + turn.fields["effort"]
     if turn.fields.get("tool_choice", {}).get("type") in ("auto", "none"):
         del found["tool_choice"]
     if any(b["type"] in THOUGHTS for m in turn.messages for b in m["content"]):
@@ -1033,6 +1036,8 @@ def without(turn: Turn, name: str) -> Turn:
     fields = {k: v for k, v in turn.fields.items() if k != name}
     if name == "tool_choice" and turn.fields[name].get(SINGLE):
         fields[name] = {"type": "auto", SINGLE: True}
+    if name == "thinking" and name not in turn.fields:      # an old CLI with a newer model
+        fields[name] = {"type": "adaptive"}
     messages = turn.messages
     if name == "thinking_blocks":
         kept = [[b for b in m["content"] if b["type"] not in THOUGHTS] for m in messages]
@@ -1049,6 +1054,8 @@ def refusal_rule(turn: Turn, message: str) -> dict | None:
     found = features(turn)
     named = sorted((match.start(), order, name) for order, (name, pattern) in enumerate(
         REFUSABLE.items()) for match in [re.search(pattern, message)] if match and name in found)
+    if "type.enabled" not in message and found["thinking"] == "thinking.default":
+        named = [entry for entry in named if entry[2] != "thinking"]
     names = [name for _, _, name in named if "budget_tokens" not in message]
     names = ["thinking_blocks"] if "thinking_blocks" in names else names
     return {"drop": found[names[0]], "with": sorted(found[n] for n in names[1:])} if names else None
@@ -1174,7 +1181,7 @@ class Reply:
     model = ""                              # as system/init names it
     retry_after = 0                         # seconds, as the CLI says what it was told
     _begun = _visible = _called = False     # message_start, something to see, a client's call
-    _blocks = 0                             # blocks sent on
+    _blocks = _starts = 0                   # blocks sent on, messages begun
     _answer = ""                            # id of the answer tool's call
     _answer_at = -1                         # and our index of its block
 
@@ -1223,8 +1230,11 @@ class Reply:
         if kind.startswith("content_block_"):
             return self._block(event, event["index"])
         if kind == "message_start":
+            self._starts += 1
             if self._blocks and not self._strict:
                 self.failed = Died("claude began its answer again after an error")
+            elif self._starts > ANSWER_TRIES:
+                self.failed = ApiError("backend_error", "the model gives no JSON for the schema")
             sent, self._begun, self._closing, self._index = self._begun, True, {}, {}
             return None if sent else [event]
         if kind == "message_delta":             # without a reason the CLI broke off
@@ -1295,7 +1305,7 @@ class Reply:
             return ApiError("backend_error", "claude ended the turn without an answer"
                             + " that matches the schema" * self._strict)
         content = (self._problem.get("message") or {}).get("content") or [{}]
-        text = content[0].get("text") or line.get("result") or str(line.get("errors"))
+        text = content[0].get("text") or line.get("result") or "; ".join(line.get("errors") or [])
         status = line.get("api_error_status") or self._problem.get("api_error_status") or {
             "rate_limit": 429, "authentication_failed": 401, "billing_error": 402,
             "invalid_request": 400}.get(self._problem.get("error") or "", 502)
@@ -1320,6 +1330,7 @@ class Claude:
         loop = asyncio.get_running_loop()
         self.process, self._ended = process, ended
         self.born = self.last_used = loop.time()
+        self.model = ""                         # that it was started with
         self.profile: bytes | None = None    # digest of what it was initialised for
         self.told: dict[str, dict] = {}         # subtype of a control request -> the last answer
         self.init: dict = {}                    # the last system/init line
@@ -1348,6 +1359,10 @@ class Claude:
                 *argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env, cwd=cwd, **group), ended)
         except (OSError, ValueError) as exc:
             raise ApiError("unavailable", f"cannot start {argv[0]}: {exc}") from None
+
+    @property
+    def alive(self) -> bool:
+        return self.failure is None and self.process.returncode is None
 
     # -- what it says
 
@@ -1577,6 +1592,10 @@ class Claude:
 
 REFUSAL_TRIES = 4               # parameters dropped for one request, at most
 REFUSAL_DAYS = 30               # then a model is asked again: vendors lift restrictions, too
+# A process that is busy plays its turn out when its input ends.  If the proxy is killed, this reads
+# the end of its own input and kills the groups that are left.
+WATCHDOG = """/^-/ {delete left[substr($0, 2)]; next} {left[$0]}
+END {for (pid in left) system("kill -9 -- -" pid " 2>/dev/null")}"""
 CLAUDE_PLACES = ("~/.claude/local", "~/.local/bin", "~/.npm-global/bin", "~/.bun/bin",
                  "~/.volta/bin", "/opt/homebrew/bin", "/usr/local/bin")
 
@@ -1703,7 +1722,7 @@ class Conversations:
         self._command: list[str] = []
         self._looked = -math.inf                    # when the binary was looked for last
         self._full_ids: dict[str, str] = {}         # model value -> full id
-        self._wanted = Turn("")                     # what was asked for last, without messages
+        self._wanted = Turn(settings.model)         # what was asked for last, without messages
         self._undecided: set[Reply] = set()         # turns before their first delta
         self._waiting = self._failures = 0          # requests in line; spares that died early
         self._closers: set[asyncio.Task] = set()
@@ -1713,6 +1732,16 @@ class Conversations:
         self._check, self._places = asyncio.Lock(), asyncio.Semaphore(self.settings.max_processes)
         self._cwd = tempfile.mkdtemp(prefix="ccproxy-")
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
+        self._watchdog = None
+        with contextlib.suppress(OSError):  # without awk a busy process ends with its turn
+            self._watchdog = subprocess.Popen(["awk", WATCHDOG], stdin=subprocess.PIPE,
+                                              start_new_session=True) if POSIX else None
+
+    def _watch(self, word: str) -> None:
+        """Tell the watchdog of a process, or with a minus that it is gone."""
+        with contextlib.suppress(OSError, AttributeError):
+            self._watchdog.stdin.write(word.encode() + b"\n")
+            self._watchdog.stdin.flush()
 
     async def stop(self) -> None:
         """No child process is left when this returns."""
@@ -1723,6 +1752,8 @@ class Conversations:
             for claude in list(self.fleet):
                 self._close(claude)
             await asyncio.wait(self._closers)
+        if self._watchdog:
+            self._watchdog.communicate()
         shutil.rmtree(self._cwd, ignore_errors=True)
 
     async def command(self) -> list[str]:
@@ -1745,7 +1776,7 @@ class Conversations:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._known.wait(), 10 if self.settings.warm > 1 else 0.01)
         if not self.models:
-            await self._rehearse(await self._fresh(b""), Turn(""), keep=False)
+            await self._rehearse(await self._fresh(b"", self.settings.model), Turn(""), keep=False)
         return self.models
 
     def resolve(self, asked: str) -> str:
@@ -1835,8 +1866,8 @@ class Conversations:
         claude = self._live(chain[-2], last)
         receipt.conversation = "continued" if claude else "rebuilt" if len(chain) > 2 else "new"
         if claude is None:
-            self._wanted = replace(turn, messages=(), fields={})
-            claude = await self._fresh(profile)
+            self._wanted = replace(turn, model=model, messages=(), fields={})
+            claude = await self._fresh(profile, model)
         try:
             lines = self._opening(claude, turn, profile, model)
             if receipt.conversation == "rebuilt":
@@ -1851,14 +1882,19 @@ class Conversations:
             raise
 
     def _opening(self, claude: Claude, turn: Turn, profile: bytes, model: str) -> list[dict]:
-        """What to say before the turn.  The model only if it is another: 2.1.197 notes a change."""
-        other = None if model == self.settings.model else model
+        """What to say before the turn; the model only if the process was started with another."""
+        other = None if model == claude.model else model
         return claude.initialize(turn, profile) + claude.configure(turn, other)
+
+    def _suits(self, claude: Claude, profile: bytes, model: str) -> bool:
+        """Whether a spare can become a conversation of this profile with this model."""
+        loud = () < parse_version(self.version) < CLI_QUIET
+        return claude.profile in (profile, None) and (claude.model == model or not loud)
 
     def _live(self, key: bytes, last: dict) -> Claude | None:
         """The live process at this point of the conversation, if the last message suits it."""
         claude = self.idle.get(key)
-        if claude is None or claude.failure or (claude.awaited and (
+        if claude is None or not claude.alive or (claude.awaited and (
                 claude.awaited != {b.get("tool_use_id") for b in last["content"]}
                 or not all(map(fits_mcp, last["content"])))):
             return None
@@ -1880,7 +1916,8 @@ class Conversations:
     async def count(self, turn: Turn) -> int:
         """Input tokens of a turn, asked of the CLI without spending any: its own notes left out."""
         profile, stall_s = profile_digest(turn), self.settings.stall_timeout
-        model, claude = self.resolve(turn.model), await self._fresh(profile)
+        model = self.resolve(turn.model)
+        claude = await self._fresh(profile, model)
         try:
             lines = self._opening(claude, turn, profile, model)
             await claude.remember(lines, turn.messages, model, stall_s)
@@ -1892,11 +1929,11 @@ class Conversations:
 
     # -- processes
 
-    async def _fresh(self, profile: bytes) -> Claude:
+    async def _fresh(self, profile: bytes, model: str) -> Claude:
         """A process without a history: a spare, or a new one; waits in line at the cap."""
         await self.command()
-        ready = sorted((s for s in self.spares if not s.failure and s.profile in (profile, None)),
-                       key=lambda s: (s.profile is None, s.born))
+        ready = sorted((s for s in self.spares if s.alive and self._suits(s, profile, model)),
+                       key=lambda s: (s.profile is None, s.model != model, s.born))
         if ready:
             self.spares.remove(ready[0])
             self._changed.set()
@@ -1910,22 +1947,24 @@ class Conversations:
                            "are busy; try again, or raise --max-processes", retry_after=5) from None
         finally:
             self._waiting -= 1
-        return await self._spawn()
+        return await self._spawn(model)
 
     def _evict(self) -> None:
         """At the cap, close the least recently used idle process, else a spare for another use."""
         for claude in [*self.idle.values(), *self.spares][:self._places.locked()]:
             self._close(claude)
 
-    async def _spawn(self) -> Claude:
+    async def _spawn(self, model: str) -> Claude:
         """A new process in a place that has been taken."""
         settings, claude = self.settings, None
         patience_s = 2 * settings.park_ttl + settings.request_timeout
         try:
-            argv = claude_argv(await self.command(), settings.model)
+            argv = claude_argv(await self.command(), model)
             env = claude_env(os.environ, settings.retries, patience_s)
             claude = await Claude.spawn(argv, env, self._cwd, self._ended)
+            claude.model = model
             self.fleet.add(claude)
+            self._watch(str(claude.process.pid))
             return claude
         finally:
             if claude is None:
@@ -1949,6 +1988,7 @@ class Conversations:
         closer = asyncio.get_running_loop().create_task(claude.close())
         self._closers.add(closer)
         closer.add_done_callback(self._closers.discard)
+        closer.add_done_callback(lambda _: self._watch(f"-{claude.process.pid}"))
         self._places.release()
         self._changed.set()
 
@@ -1974,17 +2014,17 @@ class Conversations:
 
     async def _refill(self) -> None:
         """One blank spare, the others initialised ahead for what was asked for last."""
-        for spare in list(self.spares):
-            if spare.profile not in (None, profile_digest(self._wanted)):
-                self._close(spare)          # made for what is asked no more
-        most = self.settings.max_processes
+        model, most = self._wanted.model, self.settings.max_processes
+        for spare in list(self.spares):     # made for what is asked no more
+            if not self._suits(spare, profile_digest(self._wanted), model):
+                self._close(spare)
         while len(self.spares) < min(self.settings.warm, most - bool(self.fleet)):
             if self.idle:
                 self._evict()
             if self._places.locked() or self._waiting:
                 return
             await self._places.acquire()
-            ahead, claude = any(s.profile is None for s in self.spares), await self._spawn()
+            ahead, claude = any(s.profile is None for s in self.spares), await self._spawn(model)
             if ahead:
                 await self._rehearse(claude, self._wanted)
             else:
@@ -1999,7 +2039,7 @@ class Conversations:
             self.models, self.account = hello.get("models") or [], hello.get("account") or {}
             self._full_ids.update({m["value"]: m["resolvedModel"] for m in self.models
                                    if m.get("resolvedModel")})
-            self._full_ids.setdefault(self.settings.model, claude.init.get("model") or "")
+            self._full_ids.setdefault(claude.model, claude.init.get("model") or "")
             self._failures, self.trouble = 0, ""
             self.spares += [claude] * keep
             self._known.set()
