@@ -1309,7 +1309,7 @@ class Reply:
         status = line.get("api_error_status") or self._problem.get("api_error_status") or {
             "rate_limit": 429, "authentication_failed": 401, "billing_error": 402,
             "invalid_request": 400}.get(self._problem.get("error") or "", 502)
-        return status_error(status, vendor_message(str(text)),
+        return status_error(status, vendor_message(str(text)) or "the API request failed",
                             self.retry_after or None if status in (429, 529) else None)
 
 
@@ -2002,6 +2002,7 @@ class Conversations:
             except Exception as error:      # the keeper must not die: no spares would come
                 self.trouble = getattr(error, "message", "") or repr(error)
                 self._failures += 1
+                self._known.set()           # who waits for models may ask for itself
             for claude in list(self.idle.values()):
                 if clock() - claude.last_used > ttl_s[bool(claude.awaited)]:
                     self._close(claude)

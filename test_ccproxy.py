@@ -1,0 +1,4859 @@
+"""Tests of ccproxy, in the order of its rooms.
+
+The bench first: a fake Anthropic API and its clients.  Then what is pure; then the server, the
+command line and misbehaving processes, with the stand-in as the CLI; last, marked real_cli, a real
+claude binary (CCPROXY_TEST_CLAUDE or PATH) between the proxy and the fake API.
+"""
+import base64
+import contextlib
+import dataclasses
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import ccproxy
+from ccproxy import DIALECTS, ApiError, Message, Reply
+
+
+# == The fake API and its clients =================================================================
+
+# -- a fake Anthropic API: it records, obeys words in the last user text, and refuses what the real
+#    one refuses (CLI-PROTOCOL 7)
+
+STRICT = re.compile(r"opus-5-5|fable-5|sonnet-5-5")
+NO_SAMPLING = re.compile(r"opus-4-[78]|opus-5|fable-5|sonnet-5-5|haiku-5-5")
+NO_BUDGET = re.compile(r"opus-4-[78]|opus-5|fable-5|sonnet-5-5")
+TOOL_NAME = "^[a-zA-Z0-9_-]{1,128}$"
+ERROR_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+               404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+               500: "api_error", 529: "overloaded_error"}
+STOP_WORDS = {"MAXTOK": "max_tokens", "REFUSE": "refusal",
+              "CONTEXT": "model_context_window_exceeded"}
+USAGE = {"input_tokens": 10, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 5,
+         "output_tokens": 1}
+
+
+def blocks_of(content):
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def refusal(body):
+    """The message with which the real API would refuse `body`, or None."""
+    return refused_parameters(body) or refused_history(body)
+
+
+def refused_parameters(body):
+    model, kind = body.get("model", ""), (body.get("thinking") or {}).get("type")
+    thinks = kind in ("enabled", "adaptive") or (kind is None and STRICT.search(model))
+    forced = (body.get("tool_choice") or {}).get("type") in ("any", "tool")
+    warm = body.get("temperature", 1) != 1
+    edits = (body.get("context_management") or {}).get("edits") or []
+    for name in ("temperature", "top_p", "top_k"):
+        if NO_SAMPLING.search(model) and name in body and (name != "temperature" or warm):
+            return f"`{name}` is deprecated for this model."
+    if thinks and (warm or "top_k" in body):
+        return (f"`{'temperature' if warm else 'top_k'}` may only be set to 1 when thinking is "
+                "enabled or in adaptive mode.")
+    if "temperature" in body and "top_p" in body:
+        return ("`temperature` and `top_p` cannot both be specified for this model. "
+                "Please use only one.")
+    if kind == "enabled" and NO_BUDGET.search(model):
+        return ('"thinking.type.enabled" is not supported for this model. Use '
+                '"thinking.type.adaptive" and "output_config.effort" to control thinking behavior.')
+    if kind == "enabled" and body["thinking"].get("budget_tokens", 0) >= body.get("max_tokens", 0):
+        return "`max_tokens` must be greater than `thinking.budget_tokens`."
+    if kind == "disabled" and STRICT.search(model):
+        return '"thinking.type.disabled" is not supported for this model.'
+    if kind in (None, "disabled") and any(e["type"].startswith("clear_thinking") for e in edits):
+        return ("`clear_thinking_20251015` strategy requires `thinking` to be enabled or adaptive")
+    if forced and STRICT.search(model):
+        return "tool_choice: forced tool use is not supported for this model."
+    if forced and thinks:
+        return "Thinking may not be enabled when tool_choice forces tool use."
+    if not body.get("max_tokens"):
+        return "max_tokens: Field required"
+    if not all(re.match(TOOL_NAME, t.get("name", "")) for t in body.get("tools") or []):
+        return f"tools.0.custom.name: String should match pattern '{TOOL_NAME}'"
+    return None
+
+
+def refused_history(body):
+    messages = [m for m in body["messages"] if m["role"] != "system"]
+    if messages[-1]["role"] == "assistant":
+        return ("This model does not support assistant message prefill. The conversation must end "
+                "with a user message.")
+    calls = set()
+    for at, message in enumerate(messages):
+        blocks = blocks_of(message["content"])
+        results = {b["tool_use_id"] for b in blocks if b["type"] == "tool_result"}
+        if not blocks:
+            return f"messages.{at}: all messages must have non-empty content"
+        if message["role"] == "user" and calls - results:
+            return (f"messages.{at}: `tool_use` ids were found without `tool_result` blocks "
+                    f"immediately after: {', '.join(calls - results)}")
+        if results - calls:
+            return (f"messages.{at}: unexpected `tool_use_id` found in `tool_result` blocks: "
+                    f"{', '.join(results - calls)}")
+        if any(b["type"] == "text" and not b["text"].strip() for b in blocks):
+            return "messages: text content blocks must contain non-whitespace text"
+        if any(b["type"] == "thinking" and "REFUSED" in b.get("signature", "") for b in blocks):
+            return (f"messages.{at}.content.0: `thinking` or `redacted_thinking` blocks in the "
+                    "latest assistant message cannot be modified.")
+        calls = {b["id"] for b in blocks if b["type"] == "tool_use"}
+    marked = [*blocks_of(body.get("system") or []), *(body.get("tools") or []),
+              *(b for m in messages for b in blocks_of(m["content"]))]
+    marks = sum("cache_control" in block for block in marked)
+    return f"A maximum of 4 blocks with cache_control may be provided. Found {marks}." * (marks > 4)
+
+
+class FakeAPI:
+    """The Anthropic API on loopback.  The last user text may hold these words:
+
+    ERR:429 WAIT:60     fail, with Retry-After      STREAMERR, DROP     fail after two words
+    LONG:9              say nine words              SLOW                wait 0.1 s after each
+    THINK               think first                 EMPTY               say nothing
+    CALL:name ARGS:{}   call a tool (or several)    SAY                 speak before that
+    JSON:{} THEN:{}     answer a schema; the second once the first was refused (NOJSON: never)
+    MAXTOK, REFUSE, CONTEXT     end for that reason; anything else is repeated: "You said: ..."
+    """
+
+    def __init__(self):
+        self.bodies = []        # Messages requests that came, in order
+        self.counted = []       # count_tokens requests
+        self.refusals = []      # messages of the 400s that `refusal` gave
+        self.broken = 0         # answers that nobody waited for
+        self.delay = 0.0        # seconds before an answer
+        self._lock, self._ids = threading.Lock(), itertools.count(1)
+        handler = type("Handler", (FakeHandler,), {"fake": self})
+        self._server = FakeServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def clear(self):
+        with self._lock:
+            self.bodies, self.counted, self.refusals, self.broken = [], [], [], 0
+
+    def note(self, slot, value):
+        with self._lock:
+            getattr(self, slot).append(value)
+
+    def count_broken(self):
+        with self._lock:
+            self.broken += 1
+
+    def new_id(self, kind):
+        return f"{kind}_{next(self._ids):016x}"
+
+
+class FakeServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    fake = None
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.reply(200, {})
+
+    def do_GET(self):
+        self.fail(404, "nothing here")
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        if "count_tokens" in self.path:
+            self.fake.note("counted", body)
+            return self.reply(200, {"input_tokens": len(json.dumps(body.get("messages"))) // 4})
+        self.fake.note("bodies", body)
+        no = refusal(body)
+        if no:
+            self.fake.note("refusals", no)
+            return self.fail(400, no)
+        try:
+            self.answer(body)
+        except OSError:
+            self.close_connection = True
+            self.fake.count_broken()
+
+    def reply(self, status, value, **headers):
+        data = json.dumps(value).encode() if self.command != "HEAD" else b""
+        self.send_response(status)
+        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(data)),
+                           "request-id": "req_fake", **headers}.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def fail(self, status, message, retry_after=None):
+        error = {"type": ERROR_TYPES[status], "message": message}
+        self.reply(status, {"type": "error", "error": error},
+                   **({"retry_after": retry_after} if retry_after else {}))
+
+    def frame(self, kind, **fields):
+        data = f"event: {kind}\ndata: {json.dumps(dict(type=kind, **fields))}\n\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def block(self, start, deltas):
+        self.frame("content_block_start", index=self.index, content_block=start)
+        for delta in deltas:
+            self.frame("content_block_delta", index=self.index, delta=delta)
+        self.frame("content_block_stop", index=self.index)
+        self.index += 1
+
+    # -- an answer
+
+    def answer(self, body):
+        last = blocks_of([m for m in body["messages"] if m["role"] == "user"][-1]["content"])
+        results = [b for b in last if b["type"] == "tool_result"]
+        text = own_text(last)
+        failed, wait = re.search(r"ERR:(\d+)", text), re.search(r"WAIT:(\d+)", text)
+        if failed:
+            status = int(failed.group(1))
+            return self.fail(status, f"fake {ERROR_TYPES[status]}", wait and wait.group(1))
+        self.start(body["model"])
+        if "THINK" in text:
+            self.block({"type": "thinking", "thinking": "", "signature": ""}, [
+                {"type": "thinking_delta", "thinking": "let me "},
+                {"type": "thinking_delta", "thinking": "see"},
+                {"type": "signature_delta", "signature": "SIGNED"}])
+        stop, sequence = "end_turn", None
+        calls = re.findall(r"CALL:(\S+) ARGS:(\{.*?\})(?= CALL|$|\n)", text)
+        if any(t["name"] == "StructuredOutput" for t in body.get("tools") or []) and not calls:
+            calls = self.structured(body, results)
+        if calls:
+            stop = "tool_use"
+            self.call(calls, "SAY" in text)
+        elif "EMPTY" not in text and not self.speak(text):
+            return None
+        stop = next((reason for word, reason in STOP_WORDS.items() if word in text), stop)
+        for wanted in body.get("stop_sequences") or []:
+            if wanted in text:
+                stop, sequence = "stop_sequence", wanted
+        self.frame("message_delta", delta={"stop_reason": stop, "stop_sequence": sequence},
+                   usage={"output_tokens": 7})
+        self.frame("message_stop")
+        self.wfile.write(b"0\r\n\r\n")
+        return None
+
+    def start(self, model):
+        self.index = 0
+        self.send_response(200)
+        for name, text in (("Content-Type", "text/event-stream"), ("request-id", "req_fake"),
+                           ("Transfer-Encoding", "chunked")):
+            self.send_header(name, text)
+        self.end_headers()
+        time.sleep(self.fake.delay)
+        self.frame("message_start", message={
+            "id": self.fake.new_id("msg"), "type": "message", "role": "assistant", "model": model,
+            "content": [], "stop_reason": None, "stop_sequence": None, "usage": USAGE})
+
+    def structured(self, body, results):
+        """What the model gives for a schema: JSON:{...}, and THEN:{...} once that was refused."""
+        told = [own_text(blocks_of(m["content"])) for m in body["messages"] if m["role"] == "user"]
+        asked = [text for text in told if "JSON" in text]
+        if asked and "NOJSON" in asked[-1]:
+            return []
+        word = "THEN" if any(b.get("is_error") for b in results) else "JSON"
+        found = re.search(word + r":(\{.*?\})(?= THEN:|$)", asked[-1] if asked else "")
+        return [("StructuredOutput", found.group(1) if found else '{"answer": "x"}')]
+
+    def call(self, calls, say):
+        if say:
+            self.block({"type": "text", "text": ""},
+                       [{"type": "text_delta", "text": "Let me look."}])
+        for name, arguments in calls:
+            self.block({"type": "tool_use", "id": self.fake.new_id("toolu"), "name": name,
+                        "input": {}}, [
+                {"type": "input_json_delta", "partial_json": arguments[at:at + 8]}
+                for at in range(0, len(arguments), 8)])
+
+    def speak(self, text):
+        """Say some words; False if the stream was broken on the way."""
+        long = re.search(r"LONG:(\d+)", text)
+        words = [f"w{n}" for n in range(int(long.group(1)))] if long else (
+            f"You said: {text}".split(" "))
+        self.frame("content_block_start", index=self.index,
+                   content_block={"type": "text", "text": ""})
+        for at, word in enumerate(words):
+            self.frame("content_block_delta", index=self.index, delta={
+                "type": "text_delta", "text": word + " " * (at + 1 < len(words))})
+            time.sleep(0.1 if "SLOW" in text else 0)
+            if at == 1 and "DROP" in text:
+                time.sleep(0.2)         # or the CLI sees the end before the words
+                self.close_connection = True
+                self.connection.shutdown(2)
+                return False
+            if at == 1 and "STREAMERR" in text:
+                self.frame("error", error={"type": "overloaded_error", "message": "Overloaded"})
+                self.wfile.write(b"0\r\n\r\n")
+                return False
+        self.frame("content_block_stop", index=self.index)
+        return True
+
+
+def own_text(blocks):
+    """The last text of a user's message that is not the CLI's note; else that of its results."""
+    texts = [b["text"] for b in blocks if b["type"] == "text" and not is_note(b)]
+    results = [part.get("text", "") for b in blocks if b["type"] == "tool_result"
+               for part in blocks_of(b.get("content") or "") if not is_note(part)]
+    return texts[-1] if texts else "\n".join(filter(None, results)).strip()
+
+
+def is_note(block):
+    return block["type"] == "text" and block["text"].lstrip().startswith("<system-reminder>")
+
+
+def heard(body):
+    """The conversation that reached the API: [(role, blocks)] without the CLI's notes and marks.
+
+    A result's text and a list of that text mean the same, and so do is_error: false and none.
+    When tool results are all that is new, 2.1.330 puts its note into the last of them, after "\\n".
+    """
+    def plain(block):
+        block = {k: v for k, v in block.items() if k != "cache_control"}
+        if block["type"] == "tool_result":
+            parts = [dict(part) for part in blocks_of(block.get("content") or [])]
+            if parts and is_note(parts[-1]):
+                del parts[-1]
+                if parts and parts[-1]["type"] == "text":
+                    parts[-1]["text"] = re.sub(r"\n\Z", "", parts[-1]["text"])
+            block["content"] = parts
+            block.update({"is_error": True} if block.pop("is_error", False) else {})
+        return block
+    return [(m["role"], [plain(b) for b in blocks_of(m["content"]) if not is_note(b)])
+            for m in body["messages"] if m["role"] != "system"]
+
+
+# -- a client
+
+class Events(list):
+    """(event, data) of a stream in order, data parsed but for [DONE]; with the answer's head."""
+    status, headers = 0, None
+
+
+def connect(url, path, body, headers=None, method="POST"):
+    """Send a request: (connection, response whose body is not read yet)."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=20)
+    data = None if body is None else json.dumps(body)
+    try:
+        connection.request(method, path, data, {"Content-Type": "application/json",
+                                                **(headers or {})})
+        return connection, connection.getresponse()
+    except OSError:
+        connection.close()              # at once: the proxy ends the turn
+        raise
+
+
+def post(url, path, body, headers=None, method="POST"):
+    """(status, headers, JSON) of a whole answer."""
+    connection, response = connect(url, path, body, headers, method)
+    with contextlib.closing(connection):
+        return response.status, response.headers, json.loads(response.read())
+
+
+def get(url, path):
+    return post(url, path, None, method="GET")
+
+
+def stream(url, path, body, headers=None):
+    """The events of a streamed answer."""
+    connection, response = connect(url, path, {**body, "stream": True}, headers)
+    with contextlib.closing(connection):
+        text, events = response.read().decode("utf-8"), Events()
+    events.status, events.headers = response.status, response.headers
+    if not response.headers["Content-Type"].startswith("text/event-stream"):
+        events.append(("", json.loads(text)))
+        return events
+    for frame in filter(None, text.split("\n\n")):
+        fields = dict(line.split(": ", 1) for line in frame.split("\n"))
+        data = fields["data"]
+        events.append((fields.get("event", ""), data if data == "[DONE]" else json.loads(data)))
+    return events
+
+
+PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
+
+
+class Said(NamedTuple):
+    """What came back, the same for each dialect, whole and streamed."""
+    status: int
+    headers: Any
+    raw: Any                # JSON, or the events
+    message: dict           # the assistant's, as the client puts it into its history
+    text: str
+    thinking: str
+    calls: list             # [(id, name, arguments)]
+    finish: Any             # Chat: finish_reason; Messages: (stop_reason, stop_sequence)
+    usage: Any
+
+
+def read_chat(events):
+    """A Chat stream as the whole answer that says the same."""
+    message, calls, finish, usage, model = {"role": "assistant"}, {}, [], None, None
+    for _, data in events:
+        if data == "[DONE]" or "error" in data:
+            continue
+        usage, model = data.get("usage") or usage, data["model"]
+        for choice in data["choices"]:
+            finish += filter(None, [choice["finish_reason"]])
+            for name, value in choice["delta"].items():
+                if name in ("content", "reasoning_content"):
+                    message[name] = message.get(name, "") + value
+                for piece in value if name == "tool_calls" else ():
+                    function = piece.pop("function")
+                    call = calls.setdefault(piece.pop("index"), {"function": {}})
+                    call.update(piece)
+                    for key, text in function.items():
+                        call["function"][key] = call["function"].get(key, "") + text
+                for key, text in value.items() if name == "function_call" else ():
+                    old = message.setdefault("function_call", {})
+                    old[key] = old.get(key, "") + text
+    if calls:
+        message["tool_calls"] = [calls[index] for index in sorted(calls)]
+    return {"choices": [{"message": message, "finish_reason": finish[0] if finish else None}],
+            "usage": usage, "model": model, "finishes": finish}
+
+
+def read_messages(events):
+    """A Messages stream as the whole answer that says the same."""
+    answer, pieces = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": {}}, ""
+    for kind, data in events:
+        if kind == "message_start":
+            answer = {**answer, **data["message"]}
+        elif kind == "content_block_start":
+            answer["content"].append(dict(data["content_block"]))
+            pieces = ""
+        elif kind == "content_block_delta":
+            delta = {**data["delta"]}
+            delta.pop("type")
+            pieces += delta.pop("partial_json", "")
+            for name, text in delta.items():
+                answer["content"][data["index"]][name] += text
+        elif kind == "content_block_stop" and answer["content"][-1]["type"] == "tool_use":
+            answer["content"][-1]["input"] = json.loads(pieces)
+        elif kind == "message_delta":
+            answer.update(data["delta"], usage={**answer["usage"], **data["usage"]})
+    return answer
+
+
+class Client:
+    """One conversation of a client that keeps its history itself, and sends all of it each time."""
+
+    def __init__(self, url, dialect, **fields):
+        self.url, self.dialect, self.messages = url, dialect, []
+        self.fields = {"model": MODEL, **({"max_tokens": 5000} if dialect == "messages" else {}),
+                       **fields}
+
+    def ask(self, *messages, streamed=False, **fields):
+        """Send messages (text and parts are the user's) with what was said before."""
+        self.messages = self.messages + [m if isinstance(m, dict) else {
+            "role": "user", "content": m} for m in messages]
+        self.body = {**self.fields, **fields, "messages": self.messages}
+        said = self.again(streamed)
+        if said.status == 200:
+            self.messages = self.messages + [said.message]
+        return said
+
+    def again(self, streamed=False):
+        """The same request once more."""
+        path = PATHS[self.dialect]
+        if not streamed:
+            status, headers, raw = post(self.url, path, self.body)
+            answer = raw
+        else:
+            usage = {"stream_options": {"include_usage": True}} if self.dialect == "chat" else {}
+            raw = stream(self.url, path, {**self.body, **usage})
+            status, headers = raw.status, raw.headers
+            answer = (read_chat if self.dialect == "chat" else read_messages)(raw)
+        if status != 200:
+            return Said(status, headers, raw, {}, "", "", [], None, None)
+        read = self._chat if self.dialect == "chat" else self._messages
+        return Said(status, headers, raw, *read(answer))
+
+    def _chat(self, answer):
+        message = answer["choices"][0]["message"]
+        calls = [(c["id"], c["function"]["name"], json.loads(c["function"]["arguments"]))
+                 for c in message.get("tool_calls") or []]
+        return (message, message.get("content") or "", message.get("reasoning_content") or "",
+                calls, answer["choices"][0]["finish_reason"], answer["usage"])
+
+    def _messages(self, answer):
+        content = answer["content"]
+        return ({"role": "assistant", "content": content},
+                "".join(b["text"] for b in content if b["type"] == "text"),
+                "".join(b["thinking"] for b in content if b["type"] == "thinking"),
+                [(b["id"], b["name"], b["input"]) for b in content if b["type"] == "tool_use"],
+                (answer["stop_reason"], answer["stop_sequence"]), answer["usage"])
+
+    def results(self, *results):
+        """Messages with tool results, given as (call id, content[, is_error])."""
+        if self.dialect == "chat":
+            return [{"role": "tool", "tool_call_id": call, "content": content}
+                    for call, content, *_ in results]
+        return [{"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": call, "content": content,
+             **({"is_error": True} if failed else {})} for call, content, *failed in results]}]
+
+
+# -- a proxy with a real CLI behind it
+
+MODEL = "claude-sonnet-4-6"     # takes sampling parameters and thinking; the default in these tests
+
+def claude_binaries():
+    wanted = os.environ.get("CCPROXY_TEST_CLAUDE")
+    paths = wanted.split(os.pathsep) if wanted else [shutil.which("claude")]
+    return [path for path in paths if path]
+
+
+def processes():
+    """Living processes: pid -> its parent's pid."""
+    ps = subprocess.Popen(["ps", "-A", "-o", "pid=,ppid=,stat="], stdout=subprocess.PIPE)
+    rows = [line.split() for line in ps.communicate()[0].decode().splitlines()]
+    return {int(pid): int(parent) for pid, parent, state in rows
+            if int(pid) != ps.pid and not state.startswith("Z")}
+
+
+def children(of=None):
+    """Process ids of the CLIs that a process, this one unless told otherwise, has started."""
+    return {pid for pid, parent in processes().items() if parent == (of or os.getpid())}
+
+
+def kill_children(url):
+    """kill -9 the CLIs of this process, and wait until the proxy at `url` has noticed."""
+    for pid in children():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+    def noticed():
+        now = get(url, "/status")[2]["processes"]
+        return now["idle"] + now["parked"] == 0
+    assert wait_until(noticed, 5)
+
+
+def wait_until(condition, seconds):
+    """Whether the condition came true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+class Bench:
+    """A fake API, the environment that points a CLI at it, and a proxy on that CLI."""
+    url = ""
+
+    def __init__(self, claude, folder):
+        self.claude, self.folder, self.api = claude, folder, FakeAPI()
+
+    @contextlib.contextmanager
+    def proxy(self, state="state", **settings):
+        """A further proxy, with its own processes; the same `state` shares what was learned."""
+        with ccproxy.running(claude=self.claude, state_dir=os.path.join(self.folder, state), **{
+                "model": MODEL, "retries": 0, "warm": 1, **settings}) as url:
+            yield url
+
+
+@pytest.fixture(scope="module", params=claude_binaries() or [None],
+                ids=lambda path: re.sub(r"^/|/node_modules.*", "", str(path)))
+def bench(request, tmp_path_factory):
+    """One proxy for a binary and a module; its environment is undone afterwards."""
+    if request.param is None:
+        pytest.skip("no claude binary: set CCPROXY_TEST_CLAUDE, or put one on PATH")
+    bench = Bench(request.param, str(tmp_path_factory.mktemp("real")))
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith(("CLAUDE", "ANTHROPIC"))]:
+            patch.delenv(name)
+        for name, value in {"HOME": str(home), "USERPROFILE": str(home),
+                            "ANTHROPIC_BASE_URL": bench.api.url,
+                            "ANTHROPIC_API_KEY": "sk-ant-dummy"}.items():
+            patch.setenv(name, value)
+        with bench.proxy() as bench.url:
+            yield bench
+    bench.api.close()
+
+
+@pytest.fixture
+def real(bench):
+    """The proxy's .url and the fake .api, which has heard nothing yet, nor will from before."""
+    def settled():          # a CLI that is being ended may still have a request under way
+        return len(children()) == get(bench.url, "/status")[2]["processes"]["all"]
+    assert wait_until(settled, 10)
+    bench.api.clear()
+    return bench
+
+
+# == Pure: vocabulary, dialects, protocol, keys, wire ==============================================
+
+BOTH = pytest.mark.parametrize("dialect", ["chat", "messages"])
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+# == The bench: events as the API sends them, bodies as callers do =================================
+
+def start(**usage):
+    return {"type": "message_start", "message": {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "claude-real",
+        "content": [], "stop_reason": None, "stop_sequence": None,
+        "usage": usage or {"input_tokens": 10, "output_tokens": 1}}}
+
+
+def block(index, content_block, *deltas):
+    return [{"type": "content_block_start", "index": index, "content_block": content_block},
+            *({"type": "content_block_delta", "index": index, "delta": d} for d in deltas),
+            {"type": "content_block_stop", "index": index}]
+
+
+def text(index, *pieces):
+    return block(index, {"type": "text", "text": ""},
+                 *({"type": "text_delta", "text": piece} for piece in pieces))
+
+
+def thinking(index, *pieces, signature="sig=="):
+    return block(index, {"type": "thinking", "thinking": "", "signature": ""},
+                 *({"type": "thinking_delta", "thinking": piece} for piece in pieces),
+                 {"type": "signature_delta", "signature": signature})
+
+
+def call(index, ident, name, *pieces):
+    return block(index, {"type": "tool_use", "id": ident, "name": name, "input": {}},
+                 *({"type": "input_json_delta", "partial_json": piece} for piece in pieces))
+
+
+def end(reason="end_turn", sequence=None, **usage):
+    return [{"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": sequence},
+             "usage": usage or {"output_tokens": 7}}, {"type": "message_stop"}]
+
+
+PING = {"type": "ping"}
+
+
+def fresh(wants=()):
+    return Message(ticket="abc", model="asked", created=5, wants=frozenset(wants))
+
+
+def fold(events):
+    message = fresh()
+    for event in events:
+        message.add(event)
+    return message
+
+
+def pure_stream(dialect, events, wants=()):
+    """The bytes that a client of the dialect receives."""
+    message, frames = fresh(wants), []
+    for event in events:
+        message.add(event)
+        frames += DIALECTS[dialect].frames(message, event)
+    return b"".join(frames)
+
+
+def sse(data):
+    """SSE bytes as [(event name or "", data)], every frame checked to be one."""
+    frames = []
+    assert data.endswith(b"\n\n") or not data
+    for frame in data.decode("ascii").split("\n\n")[:-1]:
+        found = re.fullmatch(r"(?:event: (\w+)\n)?data: (.+)", frame)
+        assert found, frame
+        value = found.group(2)
+        frames.append((found.group(1) or "", value if value == "[DONE]" else json.loads(value)))
+    return frames
+
+
+def chunks(events, wants=()):
+    return [value for _, value in sse(pure_stream("chat", events, wants))]
+
+
+def deltas(events, wants=()):
+    """Per chunk with a choice: its delta, or its finish reason."""
+    return [c["choices"][0]["finish_reason"] or c["choices"][0]["delta"]
+            for c in chunks(events, wants) if c != "[DONE]" and c.get("choices")]
+
+
+def chat_body(events, wants=()):
+    message = fold(events)
+    message.wants = frozenset(wants)
+    return DIALECTS["chat"].body(message)
+
+
+HELLO = [start(), *text(0, "Hel", "lo"), *end()]
+TOOLS = [start(), *text(0, "Let me look."),
+         *call(1, "toolu_1", "get_weather", "", '{"ci', 'ty":"P"}'),
+         *call(2, "toolu_2", "get_time", '{"zone":"CET"}'), *end("tool_use")]
+THOUGHT = [start(), *thinking(0, "Let me ", "think."), *text(1, "Done."), *end()]
+
+
+def parse(dialect, messages=None, **fields):
+    messages = [{"role": "user", "content": "hi"}] if messages is None else messages
+    return DIALECTS[dialect].parse({"model": "m", "messages": messages, **fields})
+
+
+def refused(dialect, body):
+    """The ApiError of a body that has to be refused with 400."""
+    with pytest.raises(ApiError) as caught:
+        DIALECTS[dialect].parse(body)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def said_settings(asked, model=None):
+    settings = ccproxy.settings_request(asked, model)
+    assert settings["subtype"] == "apply_flag_settings"
+    return settings["settings"], json.loads(settings["settings"]["env"]["CLAUDE_CODE_EXTRA_BODY"])
+
+
+def user(*content):
+    return {"role": "user", "content": list(content)}
+
+
+def said(value):
+    return {"type": "text", "text": value}
+
+
+def b64(data):
+    return base64.b64encode(data).decode()
+
+
+PNG, PDF = b64(b"\x89PNG"), b64(b"%PDF-1")
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+DOCUMENT = {"type": "document",
+            "source": {"type": "base64", "media_type": "application/pdf", "data": PDF}}
+WEATHER = {"name": "get_weather", "description": "of a city", "input_schema": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}
+NESTED = {"type": "function", "function": {"name": "get_weather", "description": "of a city",
+                                           "parameters": WEATHER["input_schema"]}}
+CALL = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "P"}}
+CHAT_CALL = {"id": "toolu_1", "type": "function",
+             "function": {"name": "get_weather", "arguments": '{"city": "P"}'}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CHAT_CALL]}
+
+
+ON = {"type": "enabled", "budget_tokens": 2000}
+ADAPTIVE, OFF = {"type": "adaptive"}, {"type": "disabled"}
+
+
+def result(content="sunny", ident="toolu_1", **more):
+    return {"type": "tool_result", "tool_use_id": ident, "content": content, **more}
+
+
+# == 1. Vocabulary: the fold =======================================================================
+
+@pytest.mark.parametrize("events, content", [
+    (text(0, "Hel", "lo"), [said("Hello")]),
+    (text(0), [said("")]),
+    (thinking(0, "a", "b", signature="s"),
+     [{"type": "thinking", "thinking": "ab", "signature": "s"}]),
+    (thinking(0), [{"type": "thinking", "thinking": "", "signature": "sig=="}]),
+    (call(0, "t", "f", "", '{"a"', ":[1,", '2]}'),
+     [{"type": "tool_use", "id": "t", "name": "f", "input": {"a": [1, 2]}}]),
+    (call(0, "t", "f"), [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]),
+    (call(0, "t", "f", ""), [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]),
+    (call(0, "t", "f", "{}"), [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]),
+    (call(0, "t", "f", '{"a": "cut'),
+     [{"type": "tool_use", "id": "t", "name": "f", "input": '{"a": "cut'}]),
+    (block(0, {"type": "redacted_thinking", "data": "xyz"}),
+     [{"type": "redacted_thinking", "data": "xyz"}]),
+    (block(0, {"type": "of_the_future", "x": 1}, {"type": "future_delta", "y": 2}),
+     [{"type": "of_the_future", "x": 1}]),
+    (block(0, {"type": "text", "text": ""}, {"type": "text_delta", "text": "a"}, {"y": 2}),
+     [said("a")]),
+    (text(0, "a") + text(1, "b"), [said("a"), said("b")]),
+    (block(0, said("al"), {"type": "text_delta", "text": "so"}), [said("also")]),
+])
+def test_the_fold_of_events_is_the_content_that_they_tell_of(events, content):
+    assert fold([start(), *events, *end()]).content == content
+
+
+@pytest.mark.parametrize("opening", [{}, {"citations": []}, {"citations": None}])
+def test_citations_are_collected_on_their_block(opening):
+    one, two = {"type": "char_location", "cited_text": "x"}, {"type": "page", "cited_text": "y"}
+    message = fold([start(), *block(
+        0, {"type": "text", "text": "", **opening}, {"type": "citations_delta", "citation": one},
+        {"type": "text_delta", "text": "t"}, {"type": "citations_delta", "citation": two}), *end()])
+    assert message.content == [{"type": "text", "text": "t", "citations": [one, two]}]
+
+
+def test_folding_does_not_alter_the_events():
+    events = [start(), *block(0, {"type": "text", "text": "", "citations": []},
+                              {"type": "citations_delta", "citation": {"n": 1}}), *TOOLS[1:]]
+    before = json.dumps(events)
+    fold(events)
+    assert json.dumps(events) == before
+
+
+def test_later_usage_replaces_earlier_field_by_field_and_null_replaces_nothing():
+    message = fold([start(input_tokens=10, cache_read_input_tokens=4, output_tokens=1),
+                    *text(0, "a"),
+                    *end(output_tokens=7, cache_read_input_tokens=None, extra={"n": 1})])
+    assert message.usage == {"input_tokens": 10, "cache_read_input_tokens": 4, "output_tokens": 7,
+                             "extra": {"n": 1}}
+
+
+@pytest.mark.parametrize("event", [{"type": "of_the_future"}, PING, {"type": "error", "error": {}}])
+def test_an_event_without_content_leaves_the_content_alone(event):
+    message = fold([start(), event, *text(0, "a"), event, *end()])
+    assert (message.content, message.stop_reason, message.done) == ([said("a")], "end_turn", True)
+
+
+def test_a_message_knows_its_identity_its_end_and_its_stop_sequence():
+    message = fold([start(), *text(0, "a"), *end("stop_sequence", "END")])
+    assert (DIALECTS["messages"].body(message)["id"], message.model) == ("msg_1", "asked")
+    assert (message.stop_reason, message.stop_sequence, message.done) == (
+        "stop_sequence", "END", True)
+    assert not fold([start(), *text(0, "a"), end()[0]]).done
+
+
+# == 3. HTTP wire ==================================================================================
+
+def head(*lines, first="POST /v1/messages HTTP/1.1", host="Host: localhost"):
+    return "\r\n".join([first, *([host] if host else []), *lines, "", ""]).encode("latin-1")
+
+
+@pytest.mark.parametrize("raw, expected", [
+    (head(), ("POST", "/v1/messages", 0, True)),
+    (head("Content-Length: 12"), ("POST", "/v1/messages", 12, True)),
+    (head("content-LENGTH:12"), ("POST", "/v1/messages", 12, True)),
+    (head("Content-Length: \t12 \t"), ("POST", "/v1/messages", 12, True)),
+    (head("Transfer-Encoding: chunked"), ("POST", "/v1/messages", None, True)),
+    (head("Transfer-Encoding: Chunked"), ("POST", "/v1/messages", None, True)),
+    (head("Connection: close"), ("POST", "/v1/messages", 0, False)),
+    (head("Connection: x, Close"), ("POST", "/v1/messages", 0, False)),
+    (head("X-Odd: \xe9\xff"), ("POST", "/v1/messages", 0, True)),
+    (head("X-Empty:"), ("POST", "/v1/messages", 0, True)),
+    (head(first="GET / HTTP/1.0", host=""), ("GET", "/", 0, False)),
+    (head("Connection: keep-alive", first="GET / HTTP/1.0", host=""), ("GET", "/", 0, True)),
+    (head(first="GET /a%20b?beta=true#x HTTP/1.1"), ("GET", "/a b", 0, True)),
+    (head(first="GET http://h:1/a?b HTTP/1.1"), ("GET", "/a", 0, True)),
+    (head(first="GET HTTP://h HTTP/1.1"), ("GET", "/", 0, True)),
+    (head(first="OPTIONS * HTTP/1.1"), ("OPTIONS", "/", 0, True)),
+    (head(first="GET /%ff HTTP/1.1"), ("GET", "/\ufffd", 0, True)),
+])
+def test_a_valid_head_is_read_as_it_is(raw, expected):
+    request = ccproxy.parse_head(raw)
+    assert (request.method, request.path, request.length, request.keep_alive) == expected
+
+
+@pytest.mark.parametrize("raw, status", [
+    (head(host=""), 400),
+    (head("Host: again"), 400),
+    (head("Content-Length: 1", "Content-Length: 1"), 400),
+    (head("Content-Length: 1, 1"), 400),
+    (head("Content-Length: +5"), 400),
+    (head("Content-Length: -5"), 400),
+    (head("Content-Length: 5_0"), 400),
+    (head("Content-Length: 0x5"), 400),
+    (head("Content-Length: \xb2"), 400),
+    (head("Content-Length: " + "9" * 5000), 400),
+    (head("Content-Length: 5", "Transfer-Encoding: chunked"), 400),
+    (head("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 400),
+    (head("Transfer-Encoding: gzip, chunked"), 501),
+    (head("Transfer-Encoding: gzip"), 501),
+    (head("Transfer-Encoding: \x0bchunked"), 400),
+    (head("Transfer-Encoding : chunked"), 400),
+    (head(" folded: line"), 400),
+    (head("no colon"), 400),
+    (head(": no name"), 400),
+    (head("X: a\x00b"), 400),
+    (head("X: a\rb"), 400),
+    (head("X: a\nY: b"), 400),
+    (head("X(): b"), 400),
+    (head(first="GET / HTTP/2.0"), 505),
+    (head(first="GET / HTTP/1"), 400),
+    (head(first="GET  / HTTP/1.1"), 400),
+    (head(first="GET / /x HTTP/1.1"), 400),
+    (head(first="G@T / HTTP/1.1"), 400),
+    (head(first="GET /\xe9 HTTP/1.1"), 400),
+    (head(first="GET a HTTP/1.1"), 400),
+    (head(first="GET * HTTP/1.1"), 400),
+    (head(first="GET /" + "a" * 9000 + " HTTP/1.1"), 414),
+    (head(*(f"X-{n}: 1" for n in range(101))), 431),
+    (b"\r\n\r\n", 400),
+])
+def test_an_ambiguous_head_is_refused(raw, status):
+    with pytest.raises(ApiError) as caught:
+        ccproxy.parse_head(raw)
+    assert caught.value.status == status
+
+
+def test_parse_head_never_raises_anything_but_apierror():
+    chance = random.Random(7)
+    seeds = [head("Content-Length: 12", "Connection: close", "X-A: b"), head(
+        "Transfer-Encoding: chunked", first="GET http://u@[::1]:8/a%2?b HTTP/1.1")]
+    dirt = [b"\r\n", b"\r", b"\n", b"\0", b":", b" ", b"\xff", b"%", b"://", b"[", b"9" * 50, b""]
+    lengths = set()
+    for _ in range(4000):
+        raw = bytearray(chance.choice(seeds)[:-4])
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(len(raw))
+            raw[at:at + chance.randint(0, 3)] = chance.choice(
+                dirt + [bytes([chance.randrange(256)])])
+        try:
+            lengths.add(ccproxy.parse_head(bytes(raw) + b"\r\n\r\n").length)
+        except ApiError as error:
+            assert 400 <= error.status < 600
+    assert {None, 12} <= lengths
+
+
+@pytest.mark.parametrize("value", ["a\r\nSet-Cookie: x", "a\nb", "a\rb", "\0", "caf\xe9", "\u2028",
+                                   "\U0001f600", "\ud800", "a\x0b\x0c\x85b"])
+def test_no_header_value_can_end_its_line(value):
+    raw = ccproxy.response_head(200, {"X-Id": value, "X-Last": "z"})
+    lines = raw.decode("ascii").split("\r\n")
+    assert [line.partition(":")[0] for line in lines[1:]] == ["X-Id", "X-Last", "", ""]
+    assert lines[0] == "HTTP/1.1 200 OK" and len(raw.splitlines()) == 4
+
+
+@pytest.mark.parametrize("value, event, frame", [
+    ({"a": "\n"}, "", b'data: {"a":"\\n"}\n\n'),
+    ({"a": "\u2028\u00e9"}, "x", b'event: x\ndata: {"a":"\\u2028\\u00e9"}\n\n'),
+    ({"a": "\ud800"}, "", b'data: {"a":"\\ud800"}\n\n'),
+    (b"[DONE]", "", b"data: [DONE]\n\n"),
+])
+def test_an_sse_frame_is_one_line_of_ascii_data(value, event, frame):
+    assert ccproxy.sse_frame(value, event) == frame
+
+
+@pytest.mark.parametrize("body, value", [
+    (b"{}", {}), (b' {"a": [1, 2.5, null, true]}\n', {"a": [1, 2.5, None, True]}),
+    ('{"a": "\u00e9\u2028"}'.encode(), {"a": "\u00e9\u2028"}),
+    (b'{"a":"\\ud800"}', {"a": "\ud800"}),
+])
+def test_a_json_object_is_read(body, value):
+    assert ccproxy.parse_json(body) == value
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[]", b'"a"', b"null", b"1", b"{'a': 1}", b'{"a": NaN}', b'{"a": Infinity}',
+    b'{"a": -Infinity}', b'{"a": 1e400}', b'{"a": -1e400}', b'{"a": "\xff"}', b'{"a": "\x01"}',
+    '{"a": 1}'.encode("utf-16"), '{"a": 1}'.encode("utf-32"), b"[" * 100000, b'{"a":' * 100000,
+    b'{"a": ' + b"9" * 5000 + b"}", b"{} x", b"\xef\xbb\xbf{"],
+    ids=lambda body: repr(body[:20]))
+def test_bad_json_is_a_400_whatever_is_wrong_with_it(body):
+    with pytest.raises(ApiError) as caught:
+        value = ccproxy.parse_json(body)
+        if body.endswith(b"9}") and value["a"] > 10 ** 4000:    # before Python's digit limit
+            raise ApiError("invalid_request", "")
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("path, route", [
+    ("/v1/messages", "/messages"), ("/messages", "/messages"), ("/v1/messages/", "/messages"),
+    ("/v1/v1/messages", "/messages"), ("//v1//messages", "/messages"),
+    ("/chat/v1/messages", "/messages"), ("/chat/messages", "/messages"),
+    ("/v1/chat/completions", "/chat/completions"), ("/chat/completions", "/chat/completions"),
+    ("/v1/v1/chat/completions/", "/chat/completions"),
+    ("/chat/v1/chat/completions", "/chat/completions"),
+    ("/chat/chat/completions", "/chat/completions"),
+    ("/v1/chat/completions/chat/completions", "/chat/completions"),
+    ("/chat/completions/models", "/models"), ("/v1/chat/completions/v1/models", "/models"),
+    ("/v1/messages/count_tokens", "/messages/count_tokens"),
+    ("/chat/v1/messages/count_tokens", "/messages/count_tokens"),
+    ("/v1/models", "/models"), ("/models/", "/models"), ("/v1/models/opus", "/models/opus"),
+    ("/v1/models/a/b", "/models/a/b"), ("/chat/v1/models/opus", "/models/opus"),
+    ("/v1/models/v1/x", "/models/v1/x"), ("/", "/"), ("", "/"), ("/v1", "/"), ("/v1/", "/"),
+    ("/health", "/health"), ("/chat/health", "/health"), ("/v1/nothing", "/nothing"),
+])
+def test_a_base_url_given_in_any_way_leads_to_its_route(path, route):
+    assert "".join(ccproxy.route_path(path)) == route
+
+
+# == 4. Dialects: requests =========================================================================
+
+BOTH_CONTENTS = [       # content as any role may hold it -> blocks
+    ("hi", [said("hi")]),
+    ([said("a"), said("b")], [said("a"), said("b")]),
+    ([{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}],
+     [said("a"), said("b")]),
+    (["plain", said("b")], [said("plain"), said("b")]),
+    ([said("a"), said(""), said(" \n")], [said("a")]),
+    ([{**said("a"), "cache_control": {"type": "ephemeral"}}], [said("a")]),
+]
+MEDIA = [
+    ({"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG, "detail": "low"}},
+     IMAGE),
+    ({"type": "image_url", "image_url": "data:image/png;base64," + PNG}, IMAGE),
+    ({"type": "input_image", "image_url": "data:IMAGE/PNG;base64," + PNG}, IMAGE),
+    ({"type": "image_url", "image_url": {"url": "data:image/jpg;base64," + PNG}},
+     {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": PNG}}),
+    ({"type": "image_url", "image_url": {"url": "https://h/a.png"}},
+     {"type": "image", "source": {"type": "url", "url": "https://h/a.png"}}),
+    ({"type": "file", "file": {"file_data": "data:application/pdf;base64," + PDF}}, DOCUMENT),
+    ({"type": "file", "file": {"filename": "a.pdf",
+                               "file_data": "data:application/pdf;base64," + PDF}},
+     {**DOCUMENT, "title": "a.pdf"}),
+    ({"type": "input_file", "file_data": "data:application/pdf;base64," + PDF}, DOCUMENT),
+    ({"type": "input_file", "file_url": "https://h/a.pdf"},
+     {"type": "document", "source": {"type": "url", "url": "https://h/a.pdf"}}),
+    ({"type": "file", "file": {"file_data": "data:text/plain;base64," + b64("h\u00e9".encode())}},
+     {"type": "document", "source": {"type": "text", "media_type": "text/plain",
+                                     "data": "h\u00e9"}}),
+    ({"type": "file", "file": {"file_data": "data:image/png;base64," + PNG}}, IMAGE),
+    (IMAGE, IMAGE), (DOCUMENT, DOCUMENT),
+    *[(part, part) for part in (
+        {"type": "image", "source": {"type": "url", "url": "http://h/a"}},
+        {"type": "document", "title": "T", "context": "c", "citations": {"enabled": True},
+         "source": {"type": "text", "media_type": "text/plain", "data": "words"}},
+        {"type": "document", "source": {"type": "url", "url": "https://h/a.pdf"}},
+        {"type": "document", "source": {"type": "content", "content": [said("x")]}},
+        {"type": "search_result", "source": "s", "title": "t", "content": [said("x")]})],
+]
+
+
+@BOTH
+@pytest.mark.parametrize("content, blocks", BOTH_CONTENTS)
+def test_rule_8_user_content_may_be_a_string_or_parts(dialect, content, blocks):
+    assert parse(dialect, [{"role": "user", "content": content}]).messages == (user(*blocks),)
+
+
+@BOTH
+@pytest.mark.parametrize("part, expected", MEDIA)
+def test_images_and_documents_become_their_blocks(dialect, part, expected):
+    assert parse(dialect, [user(said("see"), part)]).messages == (user(said("see"), expected),)
+
+
+@BOTH
+@pytest.mark.parametrize("content, blocks", BOTH_CONTENTS + [(None, None), ("", None), ([], None)])
+def test_rule_8_assistant_content_may_be_a_string_null_or_parts(dialect, content, blocks):
+    messages = parse(dialect, [user(said("q")), {"role": "assistant", "content": content},
+                               user(said("z"))]).messages
+    assert list(messages) == (
+        [user(said("q"), said("z"))] if blocks is None else
+        [user(said("q")), {"role": "assistant", "content": blocks}, user(said("z"))])
+
+
+def test_rule_8_a_refusal_of_the_assistant_is_its_text():
+    messages = parse("chat", [user(said("q")), {"role": "assistant", "content": [
+        {"type": "refusal", "refusal": "no"}]}, user(said("z"))]).messages
+    assert messages[1] == {"role": "assistant", "content": [said("no")]}
+
+
+@pytest.mark.parametrize("content, blocks", [
+    *BOTH_CONTENTS[:3], (None, []), ("", []), ([], []),
+    ([said("a"), MEDIA[0][0]], [said("a"), IMAGE])])
+def test_rule_8_tool_content_may_be_a_string_null_or_parts(content, blocks):
+    messages = parse("chat", [user(said("q")), CALLED, {
+        "role": "tool", "tool_call_id": "toolu_1", "content": content}]).messages
+    assert messages[1:] == ({"role": "assistant", "content": [CALL]}, user(result(blocks)))
+
+
+@pytest.mark.parametrize("content, blocks", [
+    ("a", [said("a")]), (None, []), ([said("a"), IMAGE], [said("a"), IMAGE]),
+    ([DOCUMENT], [DOCUMENT])])
+@pytest.mark.parametrize("error", [{}, {"is_error": True}, {"is_error": False}])
+def test_tool_results_of_messages_keep_their_parts_and_their_failure(content, blocks, error):
+    messages = parse("messages", [user(said("q")), {"role": "assistant", "content": [CALL]},
+                                  user(result(content, **error))]).messages
+    failed = {"is_error": True} if error.get("is_error") else {}
+    assert messages[2] == user(result(blocks, **failed))
+
+
+@pytest.mark.parametrize("messages, system", [
+    ([{"role": "system", "content": "S"}, user(said("q"))], "S"),
+    ([{"role": "developer", "content": [said("S"), said("T")]}, user(said("q"))], "S\n\nT"),
+    ([user(said("q")), {"role": "system", "content": "S"}], "S"),
+    ([{"role": "system", "content": "S"}, user(said("q")), {"role": "developer", "content": "T"}],
+     "S\n\nT"),
+    ([{"role": "system", "content": None}, user(said("q"))], ""),
+    ([{"role": "system", "content": ""}, {"role": "system", "content": "S"}, user(said("q"))], "S"),
+])
+def test_rule_9_developer_is_system_and_may_stand_anywhere(messages, system):
+    turn = parse("chat", messages)
+    assert (turn.system, turn.messages) == (system, (user(said("q")),))
+
+
+@pytest.mark.parametrize("value, system", [
+    (None, ""), ("", ""), ("S", "S"), ([said("S")], "S"),
+    ([said("S"), {**said("T"), "cache_control": {"type": "ephemeral"}}], "S\n\nT")])
+def test_system_of_messages_is_a_string_or_blocks(value, system):
+    assert parse("messages", system=value).system == system
+
+
+HISTORIES = [   # (dialect, messages, what the model is given)
+    ("chat", [user(said("a")), user(said("b"))], [user(said("a"), said("b"))]),
+    ("messages", [user(said("a")), {"role": "assistant", "content": "b"},
+                  {"role": "assistant", "content": "c"}, user(said("d"))],
+     [user(said("a")), {"role": "assistant", "content": [said("b"), said("c")]}, user(said("d"))]),
+    ("chat", [user(said("q")), {**CALLED, "content": "Look."},
+              {"role": "tool", "tool_call_id": "toolu_1", "content": "sunny"}, user(said("so?"))],
+     [user(said("q")), {"role": "assistant", "content": [said("Look."), CALL]},
+      user(result([said("sunny")]), said("so?"))]),
+    ("messages", [user(said("q")), {"role": "assistant", "content": [CALL]},
+                  user(said("here:"), result("sunny"), said("so?"))],
+     [user(said("q")), {"role": "assistant", "content": [CALL]},
+      user(result([said("sunny")]), said("here:"), said("so?"))]),
+    ("chat", [user(said("q")), {"role": "assistant", "tool_calls": [CHAT_CALL, {
+        "id": "toolu_2", "type": "function", "function": {"name": "f", "arguments": ""}}]},
+              {"role": "tool", "tool_call_id": "toolu_2", "content": "2"},
+              {"role": "tool", "tool_call_id": "toolu_1", "content": "1"}],
+     [user(said("q")), {"role": "assistant", "content": [
+         CALL, {"type": "tool_use", "id": "toolu_2", "name": "f", "input": {}}]},
+      user(result([said("2")], "toolu_2"), result([said("1")]))]),
+    ("chat", [user(said("q")), {"role": "assistant", "content": [CALL]}, user(result("sunny"))],
+     [user(said("q")), {"role": "assistant", "content": [CALL]}, user(result([said("sunny")]))]),
+    ("messages", [user(said("q")), {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "", "signature": "s"},
+        {"type": "redacted_thinking", "data": "d"}, said("a")]}, user(said("z"))],
+     [user(said("q")), {"role": "assistant", "content": [
+         {"type": "thinking", "thinking": "", "signature": "s"},
+         {"type": "redacted_thinking", "data": "d"}, said("a")]}, user(said("z"))]),
+]
+
+
+@pytest.mark.parametrize("dialect, messages, expected", HISTORIES)
+def test_history_becomes_real_turns_merged_and_with_results_first(dialect, messages, expected):
+    assert list(parse(dialect, messages).messages) == expected
+
+
+def test_old_style_functions_become_a_call_and_its_result():
+    turn = parse("chat", [
+        user(said("q")),
+        {"role": "assistant", "content": None,
+         "function_call": {"name": "get_weather", "arguments": '{"city": "P"}'}},
+        {"role": "function", "name": "get_weather", "content": "sunny"}],
+        functions=[NESTED["function"]], function_call={"name": "get_weather"})
+    ident = turn.messages[1]["content"][0]["id"]
+    assert turn.messages[1:] == ({"role": "assistant", "content": [{**CALL, "id": ident}]},
+                                 user(result([said("sunny")], ident)))
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,128}", ident)
+    assert turn.tools == (WEATHER,)
+    assert turn.fields["tool_choice"].items() >= {"type": "tool", "name": "get_weather"}.items()
+    assert "functions" in turn.wants
+
+
+def test_a_call_id_that_the_api_would_refuse_is_replaced_the_same_way_in_call_and_result():
+    odd = {**CHAT_CALL, "id": "call:1/\u00e9"}
+    messages = parse("chat", [user(said("q")), {"role": "assistant", "tool_calls": [odd]},
+                              {"role": "tool", "tool_call_id": odd["id"], "content": "x"}]).messages
+    ident = messages[1]["content"][0]["id"]
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,128}", ident)
+    assert messages[2]["content"][0]["tool_use_id"] == ident
+
+
+EMPTY_SCHEMA = {"type": "object", "properties": {}}
+TOOL_SHAPES = [     # (tool as it comes, Anthropic tool)
+    (NESTED, WEATHER),
+    ({"type": "function", **NESTED["function"]}, WEATHER),
+    (NESTED["function"], WEATHER),
+    (WEATHER, WEATHER),
+    ({**WEATHER, "type": "custom"}, WEATHER),
+    ({**WEATHER, "cache_control": {"type": "ephemeral"}}, WEATHER),
+    ({**WEATHER, "strict": True}, {**WEATHER, "strict": True}),
+    ({**NESTED, "function": {**NESTED["function"], "strict": True}}, {**WEATHER, "strict": True}),
+    ({**NESTED, "function": {**NESTED["function"], "strict": False}}, WEATHER),
+    ({"type": "function", "function": {"name": "f"}}, {"name": "f", "input_schema": EMPTY_SCHEMA}),
+    ({"type": "function", "function": {"name": "f", "parameters": None, "description": None}},
+     {"name": "f", "input_schema": EMPTY_SCHEMA}),
+    ({"type": "function", "function": {"name": "f", "parameters": {}}},
+     {"name": "f", "input_schema": EMPTY_SCHEMA}),
+    ({"name": "f", "input_schema": {"properties": {"a": {}}}},
+     {"name": "f", "input_schema": {"type": "object", "properties": {"a": {}}}}),
+    ({"type": "bash_20250124", "name": "bash"}, {"type": "bash_20250124", "name": "bash"}),
+]
+
+
+@BOTH
+@pytest.mark.parametrize("tool, expected", TOOL_SHAPES)
+def test_a_tool_of_any_shape_becomes_an_anthropic_tool(dialect, tool, expected):
+    turn = parse(dialect, tools=[tool])
+    assert turn.tools == (expected,)
+    assert turn.ignored == (("cache_control",) if "cache_control" in tool else ())
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [
+    "web_search_20250305", "web_fetch_20250910", "web_search_preview", "code_execution_20250825",
+    "code_interpreter", "file_search", "mcp", "image_generation",
+    "tool_search_tool_regex_20251119"])
+def test_tools_that_only_the_vendor_can_run_are_left_out_and_named(dialect, kind):
+    turn = parse(dialect, tools=[WEATHER, {"type": kind, "name": "x"}])
+    assert turn.tools == (WEATHER,)
+    assert len(turn.ignored) == 1 and kind in turn.ignored[0] and "tools[1]" in turn.ignored[0]
+
+
+ANY, SINGLE = {"type": "any"}, {"disable_parallel_tool_use": True}
+CHOICE = {"type": "tool", "name": "get_weather"}
+
+
+@BOTH
+@pytest.mark.parametrize("fields, expected", [
+    ({}, None), ({"tool_choice": None}, None),
+    ({"tool_choice": "auto"}, {"type": "auto"}), ({"tool_choice": "none"}, {"type": "none"}),
+    ({"tool_choice": "required"}, ANY), ({"tool_choice": "any"}, ANY),
+    ({"tool_choice": {"type": "auto"}}, {"type": "auto"}),
+    ({"tool_choice": {"type": "none"}}, {"type": "none"}), ({"tool_choice": ANY}, ANY),
+    ({"tool_choice": {**ANY, **SINGLE}}, {**ANY, **SINGLE}),
+    ({"tool_choice": CHOICE}, CHOICE),
+    ({"tool_choice": {**CHOICE, **SINGLE}}, {**CHOICE, **SINGLE}),
+    ({"tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, CHOICE),
+    ({"tool_choice": {"type": "function", "name": "get_weather"}}, CHOICE),
+    ({"function_call": "auto"}, {"type": "auto"}), ({"function_call": "none"}, {"type": "none"}),
+    ({"function_call": {"name": "get_weather"}}, CHOICE),
+    ({"parallel_tool_calls": True}, None),
+    ({"parallel_tool_calls": False}, {"type": "auto", **SINGLE}),
+    ({"parallel_tool_calls": False, "tool_choice": "required"}, {**ANY, **SINGLE}),
+    ({"parallel_tool_calls": False, "tool_choice": "none"}, {"type": "none"}),
+])
+def test_tool_choice_in_any_form_becomes_anthropics(dialect, fields, expected):
+    turn = parse(dialect, tools=[WEATHER], **fields)
+    assert turn.fields.get("tool_choice") == expected
+    assert turn.ignored == ()
+
+
+@BOTH
+@pytest.mark.parametrize("fields", [{"tool_choice": "auto"}, {"tool_choice": "none"},
+                                    {"parallel_tool_calls": False}, {"tools": []}])
+def test_a_choice_that_forces_nothing_is_no_matter_without_tools(dialect, fields):
+    assert parse(dialect, **fields).fields == {}
+
+
+FIELDS = [      # (fields of the body, Turn.fields and more)
+    ({"temperature": 0}, {"temperature": 0}), ({"temperature": 0.5}, {"temperature": 0.5}),
+    ({"temperature": None}, {}), ({"top_p": 0.9}, {"top_p": 0.9}), ({"top_k": 40}, {"top_k": 40}),
+    ({"max_tokens": 64}, {"max_tokens": 64}), ({"max_completion_tokens": 64}, {"max_tokens": 64}),
+    ({"stop": None}, {}), ({"stop": "END"}, {"stop_sequences": ["END"]}),
+    ({"stop": ["a", "b"]}, {"stop_sequences": ["a", "b"]}),
+    ({"stop_sequences": ["a"]}, {"stop_sequences": ["a"]}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}},
+     {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+    ({"thinking": {"type": "adaptive"}}, {"thinking": {"type": "adaptive"}}),
+    ({"thinking": {"type": "disabled"}}, {"thinking": {"type": "disabled"}}),
+    ({"reasoning_effort": "none"}, {"thinking": {"type": "disabled"}}),
+    ({"stream": None}, {}), ({"n": 1}, {}), ({"n": None}, {}), ({"stream_options": None}, {}),
+]
+
+
+@BOTH
+@pytest.mark.parametrize("fields, expected", FIELDS)
+def test_parameters_reach_the_model_under_the_apis_names(dialect, fields, expected):
+    turn = parse(dialect, **fields)
+    assert (turn.fields, turn.ignored, turn.schema) == (expected, (), None)
+
+
+@BOTH
+@pytest.mark.parametrize("fields, effort", [
+    ({"reasoning_effort": "minimal"}, "low"), ({"reasoning_effort": "low"}, "low"),
+    ({"reasoning_effort": "high"}, "high"), ({"reasoning_effort": "xhigh"}, "xhigh"),
+    ({"reasoning_effort": None}, None), ({"reasoning": {"effort": "medium"}}, "medium"),
+    ({"output_config": {"effort": "max"}}, "max"), ({"output_config": None}, None)])
+def test_effort_in_any_form_is_taken(dialect, fields, effort):
+    asked = parse(dialect, **fields)
+    settings, body = said_settings(asked)
+    assert (settings["effortLevel"], body, asked.ignored) == (effort, {}, ())
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
+@BOTH
+@pytest.mark.parametrize("fields, schema", [
+    ({"response_format": None}, None), ({"response_format": {"type": "text"}}, None),
+    ({"response_format": {"type": "json_object"}}, {"type": "object"}),
+    ({"response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "strict": True, "schema": SCHEMA}}}, SCHEMA),
+    ({"response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "schema": SCHEMA}}}, SCHEMA),
+    ({"output_format": {"type": "json_schema", "schema": SCHEMA}}, SCHEMA),
+    ({"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, SCHEMA),
+])
+def test_a_json_schema_in_any_form_is_taken(dialect, fields, schema):
+    turn = parse(dialect, **fields)
+    assert (turn.schema, turn.fields, turn.ignored) == (schema, {}, ())
+
+
+@BOTH
+@pytest.mark.parametrize("name, value", [
+    ("store", True), ("metadata", {"user_id": "x"}), ("user", "u"), ("service_tier", "auto"),
+    ("logit_bias", {"50256": -100}), ("seed", 7),
+    ("prediction", {"type": "content", "content": "x"}), ("modalities", ["text"]),
+    ("safety_identifier", "x"), ("prompt_cache_key", "x"),
+    ("verbosity", "low"), ("enable_thinking", True), ("frequency_penalty", 0.5),
+    ("presence_penalty", 0.5), ("logprobs", True), ("top_logprobs", 3),
+    ("of_the_future", {"a": []}),
+    ("context_management", {"edits": []}), ("mcp_servers", []), ("container", "x"),
+])
+def test_rule_10_unknown_fields_are_reported_and_not_refused(dialect, name, value):
+    turn = parse(dialect, **{name: value})
+    assert (turn.ignored, turn.fields) == ((name,), {})
+
+
+@pytest.mark.parametrize("fields, ignored", [
+    ({"output_config": {"x": 1, "effort": "low"}}, ("output_config.x",)),
+    ({"temperature": 1.7}, ("temperature",)),
+    ({"stop": "\n"}, ("stop",)), ({"stop": ["\n\n", "END"]}, ("stop",)),
+    ({"system": [{**said("a"), "cache_control": {"type": "ephemeral"}}]}, ("cache_control",)),
+    ({"seed": None, "user": None}, ()),
+    ({"max_completion_tokens": 9, "parallel_tool_calls": True}, ()),
+])
+def test_what_cannot_be_honoured_in_full_is_named(fields, ignored):
+    assert parse("chat", **fields).ignored == ignored
+
+
+def test_openais_temperatures_above_anthropics_scale_end_at_one():
+    assert parse("chat", temperature=1.7).fields == {"temperature": 1}
+
+
+@BOTH
+@pytest.mark.parametrize("fields, stream", [({}, False), ({"stream": False}, False),
+                                            ({"stream": True}, True)])
+def test_rule_11_absent_stream_means_json(dialect, fields, stream):
+    assert parse(dialect, **fields).stream is stream
+
+
+@pytest.mark.parametrize("options, wanted", [
+    (None, False), ({}, False), ({"include_usage": False}, False), ({"include_usage": None}, False),
+    ({"include_usage": True}, True), ({"include_obfuscation": False}, False)])
+def test_usage_is_wanted_only_when_include_usage_is_true(options, wanted):
+    turn = parse("chat", stream=True, stream_options=options)
+    assert ("usage" in turn.wants) is wanted
+
+
+def test_a_turn_repeats_the_model_as_asked():
+    assert parse("chat").model == "m"
+
+
+# -- what is refused, and under which name
+
+ASK, REPLY = user(said("q")), {"role": "assistant", "content": [CALL]}
+TOOL = {"role": "tool", "tool_call_id": "toolu_1", "content": "x"}
+ASKED, LAST = {"messages": [ASK]}, "messages[0].content[0]"
+
+
+def part_body(part):
+    return {"messages": [user(part)]}
+
+
+REFUSED = [     # (body but for model, how the name of the field at fault begins)
+    ({"messages": []}, "messages"), ({}, "messages"), ({"messages": None}, "messages"),
+    ({"messages": "hi"}, "messages"), ({"messages": {}}, "messages"),
+    ({"messages": ["hi"]}, "messages[0]"), ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "boss", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": 1, "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "system", "content": "only"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": {"a": 1}}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": ""}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": " \n"}]}, "messages[0]"),
+    ({"messages": [{"role": "system", "content": [IMAGE]}, ASK]}, "messages[0].content"),
+    ({"messages": [ASK, {"role": "assistant", "content": "prefill"}]}, "messages[1]"),
+    ({"messages": [ASK, REPLY]}, "messages[1]"),
+    ({"messages": [ASK, REPLY, ASK]}, "messages[2]"),
+    ({"messages": [ASK, CALLED, ASK]}, "messages[2]"),
+    ({"messages": [ASK, CALLED, {**TOOL, "tool_call_id": "other"}]}, "messages[2]"),
+    ({"messages": [ASK, CALLED, {"role": "tool", "content": "x"}]}, "messages[2].tool_call_id"),
+    ({"messages": [ASK, CALLED, {**TOOL, "tool_call_id": 5}]}, "messages[2].tool"),
+    ({"messages": [ASK, CALLED, TOOL, TOOL]}, "messages[2]"),
+    ({"messages": [ASK, TOOL]}, "messages[0]"), ({"messages": [TOOL]}, "messages[0]"),
+    ({"messages": [ASK, {"role": "function", "name": "f", "content": "x"}]}, "messages[1]"),
+    ({"messages": [user(CALL)]}, "messages[0]"),
+    ({"messages": [ASK, {"role": "assistant", "content": [result()]}, ASK]}, "messages[1]"),
+    ({"messages": [ASK, {"role": "assistant", "tool_calls": [CHAT_CALL, CHAT_CALL]}, TOOL]},
+     "messages[1]"),
+    ({"messages": [ASK, CALLED, TOOL, CALLED, TOOL]}, "messages[3]"),
+    ({"messages": [ASK, {"role": "assistant", "tool_calls": {"a": 1}}, TOOL]},
+     "messages[1].tool_calls"),
+    ({"messages": [ASK, {"role": "assistant", "tool_calls": ["x"]}, TOOL]},
+     "messages[1].tool_calls[0]"),
+    ({"messages": [ASK, {"role": "assistant", "tool_calls": [{"id": "a"}]}, TOOL]},
+     "messages[1].tool_calls[0].function"),
+    *[({"messages": [ASK, {"role": "assistant", "tool_calls": [{
+        "id": "toolu_1", "function": {"name": "f", "arguments": arguments}}]}, TOOL]},
+       "messages[1].tool_calls[0].function.arguments")
+      for arguments in ('{"a": ', "[1]", '"x"', "5", 5, [1])],
+    (part_body({"type": "input_audio", "input_audio": {}}), LAST + ".type"),
+    (part_body({"type": 5}), LAST + ".type"), (part_body({"text": "x"}), LAST + ".type"),
+    (part_body(5), LAST), (part_body({"type": "text"}), LAST + ".text"),
+    (part_body({"type": "text", "text": 5}), LAST + ".text"),
+    *[(part_body({"type": "image_url", "image_url": url}), LAST + ".image_url") for url in (
+        None, 5, {}, {"url": None}, "", "file:///etc/passwd", "ftp://h/a.png", "/etc/passwd",
+        "https://", "https://h/a b", "data:image/png,abc", "data:image/bmp;base64," + PNG,
+        "data:image/png;base64,$$$", "data:image/png;base64,abc", "data:;base64," + PNG,
+        "data:application/pdf;base64," + PDF)],
+    (part_body({"type": "file", "file": {"file_id": "file-1"}}), LAST + ".file"),
+    (part_body({"type": "file", "file": "x"}), LAST + ".file"),
+    (part_body({"type": "file", "file": {"file_data": ""}}), LAST + ".file"),
+    (part_body({"type": "file", "file": {"file_data": "data:application/zip;base64," + PDF}}),
+     LAST + ".file"),
+    (part_body({"type": "image", "source": "x"}), LAST + ".source"),
+    (part_body({"type": "image", "source": {"type": "file"}}), LAST + ".source.type"),
+    (part_body({"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                            "data": "$"}}), LAST + ".source.data"),
+    (part_body({"type": "image", "source": {"type": "base64", "media_type": "image/bmp",
+                                            "data": PNG}}), LAST + ".source.media_type"),
+    (part_body({"type": "image", "source": {"type": "text", "data": "x"}}), LAST + ".source.type"),
+    (part_body({"type": "image", "source": {"type": "url", "url": "file:///x"}}),
+     LAST + ".source.url"),
+    (part_body({"type": "document", "source": {"type": "base64", "media_type": "image/png",
+                                               "data": PNG}}), LAST + ".source.media_type"),
+    (part_body({"type": "document", "source": {"type": "text", "media_type": "text/plain",
+                                               "data": 5}}), LAST + ".source.data"),
+    ({**ASKED, "model": None}, "model"), ({**ASKED, "model": 5}, "model"),
+    *[({"messages": [ASK], name: value}, name) for name, value in (
+        ("temperature", "0.5"), ("temperature", True), ("temperature", -0.1), ("temperature", 2.1),
+        ("top_p", 1.5), ("top_p", []), ("top_k", 1.5), ("top_k", -1), ("max_tokens", 0),
+        ("max_tokens", "64"), ("max_tokens", 1.5), ("max_tokens", True),
+        ("max_completion_tokens", -1), ("stop", 5), ("stop", {}), ("stream", "true"), ("stream", 1),
+        ("n", 2), ("n", "1"), ("n", 1.5), ("n", True), ("thinking", "on"), ("thinking", True),
+        ("reasoning_effort", "huge"), ("reasoning_effort", 5), ("response_format", "json"),
+        ("stream_options", True), ("tools", "x"), ("functions", "x"), ("system", 5),
+        ("system", [IMAGE]), ("output_config", "x"), ("parallel_tool_calls", "false"),
+        ("tool_choice", "sometimes"), ("tool_choice", 5), ("tool_choice", "required"),
+        ("tool_choice", CHOICE))],
+    ({**ASKED, "stop": [5]}, "stop[0]"),
+    ({**ASKED, "stop_sequences": ["a", None]}, "stop_sequences[1]"),
+    ({**ASKED, "thinking": {"type": "maybe"}}, "thinking.type"),
+    ({**ASKED, "thinking": {}}, "thinking.type"),
+    ({**ASKED, "thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
+    ({**ASKED, "thinking": {"type": "enabled", "budget_tokens": 1023}},
+     "thinking.budget_tokens"),
+    ({**ASKED, "thinking": {"type": "enabled", "budget_tokens": 2000},
+      "max_tokens": 2000}, "thinking.budget_tokens"),
+    ({**ASKED, "output_config": {"effort": "huge"}}, "output_config.effort"),
+    ({**ASKED, "stream_options": {"include_usage": "no"}}, "stream_options.include_usage"),
+    ({**ASKED, "response_format": {}}, "response_format.type"),
+    ({**ASKED, "response_format": {"type": "xml"}}, "response_format.type"),
+    ({**ASKED, "response_format": {"type": "json_schema"}}, "response_format.schema"),
+    ({**ASKED, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+     "response_format.json_schema.schema"),
+    ({**ASKED, "response_format": {"type": "json_schema", "json_schema": {
+        "schema": {"type": "array"}}}}, "response_format.json_schema.schema"),
+    ({**ASKED, "output_config": {"format": {"type": "json_schema"}}},
+     "output_config.format.schema"),
+    ({**ASKED, "tools": [5]}, "tools[0]"),
+    ({**ASKED, "tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+    ({**ASKED, "tools": [{"name": 5, "input_schema": {}}]}, "tools[0].name"),
+    ({**ASKED, "tools": [{"name": "", "input_schema": {}}]}, "tools[0].name"),
+    ({**ASKED, "tools": [WEATHER, {"name": "g", "description": 5, "input_schema": {}}]},
+     "tools[1].description"),
+    ({**ASKED, "tools": [{"name": "f", "input_schema": "x"}]}, "tools[0].input_schema"),
+    ({**ASKED, "tools": [WEATHER, NESTED]}, "tools"),
+    ({**ASKED, "tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}},
+     "tool_choice"),
+    ({**ASKED, "tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
+    ({**ASKED, "tools": [WEATHER], "tool_choice": {"type": "odd"}}, "tool_choice.type"),
+    ({**ASKED, "tools": [WEATHER], "tool_choice": {"type": {}}}, "tool_choice.type"),
+    ({**ASKED, "tools": [{"type": "web_search_20250305", "name": "web_search"}],
+      "tool_choice": {"type": "tool", "name": "web_search"}}, "tool_choice"),
+    ({**ASKED, "functions": [NESTED["function"]], "function_call": {"name": 5}},
+     "function_call.name"),
+    ({**ASKED, "thread": {"type": "create"}}, "thread"),
+]
+
+
+@pytest.mark.parametrize("body, field", REFUSED)
+def test_a_wrong_request_is_refused_with_the_name_of_its_field(body, field):
+    for dialect in DIALECTS.values():
+        with pytest.raises(ApiError) as caught:
+            dialect.parse({"model": "m", **body})
+        error = caught.value
+        assert (error.status, error.kind) == (400, "invalid_request")
+        assert (error.param or "").startswith(field) and error.param in str(error)
+
+
+def test_several_choices_are_refused_with_advice():
+    assert "send n requests" in str(refused("chat", {"model": "m", "messages": [ASK], "n": 2}))
+
+
+def test_a_last_message_of_the_assistant_is_refused_with_the_reason():
+    error = refused("messages", {"model": "m", "messages": [
+        ASK, {"role": "assistant", "content": "{"}]})
+    assert "prefill" in str(error)
+
+
+def test_a_thread_is_refused_with_the_code_that_the_sdk_falls_back_on():
+    error = refused("messages", {"model": "m", "messages": [ASK], "thread": {"type": "create"}})
+    envelope = DIALECTS["messages"].error(error)
+    assert envelope["error"]["type"] == "invalid_request_error"
+    assert envelope["error"]["details"]["error_code"] == "thread_unsupported_request"
+
+
+def test_parse_never_raises_anything_but_apierror():
+    chance = random.Random(11)
+    seeds = [{"model": "m", "messages": m, "tools": [NESTED, {**WEATHER, "name": "g"}],
+              "stop": ["a"],
+              "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+              "thinking": {"type": "enabled", "budget_tokens": 2000}, "temperature": 0.5,
+              "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
+              "stream_options": {"include_usage": True}, "output_config": {"effort": "low"},
+              "system": [said("s")], "reasoning": {"effort": "low"}} for _, m, _ in HISTORIES]
+    seeds += [{"model": "m", "messages": [user(part)]} for part, _ in MEDIA]
+    odd = [json.dumps(value) for value in (
+        None, 5, -1, 1.5, True, "", "x", "\ud800", [], [5], [[]], {}, {"type": "text"},
+        {"type": []}, {"a": {}}, {"name": {}}, 10 ** 400)]
+    fine = 0
+    for _ in range(4000):
+        body = json.loads(json.dumps(chance.choice(seeds)))
+        for _ in range(chance.randint(1, 2)):
+            spot, path = body, None
+            while isinstance(spot, (dict, list)) and spot and (not path or chance.random() < .8):
+                path = (spot, chance.choice(list(spot) if isinstance(spot, dict) else
+                                            range(len(spot))))
+                spot = path[0][path[1]]
+            path[0][path[1]] = json.loads(chance.choice(odd))
+        for dialect in DIALECTS.values():
+            try:
+                json.dumps(dataclasses.asdict(dialect.parse(body)), default=sorted)
+                fine += 1
+            except ApiError as error:
+                assert error.status == 400 and json.dumps(dialect.error(error))
+    assert fine > 100
+
+
+# == 4. Dialects: answers ==========================================================================
+
+ROLE = {"role": "assistant", "content": ""}
+
+
+def opened(index, ident, name):
+    return {"tool_calls": [{"index": index, "id": ident, "type": "function",
+                            "function": {"name": name, "arguments": ""}}]}
+
+
+def more(index, arguments):
+    return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
+
+
+CHAT_STREAMS = [
+    (HELLO, [ROLE, {"content": "Hel"}, {"content": "lo"}, "stop"]),
+    ([start(), *end()], [ROLE, "stop"]),
+    (THOUGHT, [ROLE, {"reasoning_content": "Let me "}, {"reasoning_content": "think."},
+               {"content": "Done."}, "stop"]),
+    ([start(), *thinking(0), *text(1, "a"), *end()], [ROLE, {"content": "a"}, "stop"]),
+    ([start(), *block(0, {"type": "redacted_thinking", "data": "d"}), *text(1, "a"), *end()],
+     [ROLE, {"content": "a"}, "stop"]),
+    ([start(), *call(0, "toolu_1", "f", "", '{"a"', ":1}"), *end("tool_use")],
+     [ROLE, opened(0, "toolu_1", "f"), more(0, '{"a"'), more(0, ":1}"), "tool_calls"]),
+    (TOOLS, [ROLE, {"content": "Let me look."}, opened(0, "toolu_1", "get_weather"),
+             more(0, '{"ci'), more(0, 'ty":"P"}'), opened(1, "toolu_2", "get_time"),
+             more(1, '{"zone":"CET"}'), "tool_calls"]),
+    ([start(), *call(0, "t", "f"), *call(1, "u", "g", ""), *call(2, "v", "h", "{}"),
+      *end("tool_use")],
+     [ROLE, opened(0, "t", "f"), more(0, "{}"), opened(1, "u", "g"), more(1, "{}"),
+      opened(2, "v", "h"), more(2, "{}"), "tool_calls"]),
+    ([start(), *text(0, "I "), *end("refusal")], [ROLE, {"content": "I "}, "content_filter"]),
+    ([start(), *text(0, "a"), *end("max_tokens")], [ROLE, {"content": "a"}, "length"]),
+    ([start(), *text(0, "a"), *end("stop_sequence", "END")], [ROLE, {"content": "a"}, "stop"]),
+    ([start(), *text(0, "a"), *end("of_the_future")], [ROLE, {"content": "a"}, "stop"]),
+    ([start(), *text(0, "a"), *end("model_context_window_exceeded")],
+     [ROLE, {"content": "a"}, "length"]),
+    ([PING, start(), PING, *text(0, "a"), *end()], [ROLE, {}, {}, {"content": "a"}, "stop"]),
+    ([start(), *block(0, {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+                      {"type": "input_json_delta", "partial_json": "{}"}),
+      *block(1, {"type": "of_the_future", "input": {}}, {"type": "future_delta", "text": "x"}),
+      *text(2, "a"), *end()], [ROLE, {"content": "a"}, "stop"]),
+]
+
+
+@pytest.mark.parametrize("events, expected", CHAT_STREAMS)
+def test_a_chat_stream_tells_exactly_what_the_events_say(events, expected):
+    assert deltas(events) == expected
+
+
+def test_rule_1_all_chunks_share_id_created_and_model_and_the_first_names_the_role():
+    told = chunks([PING, *TOOLS], wants=["usage"])[:-1]
+    assert {(c["id"], c["created"], c["model"], c["object"]) for c in told} == {
+        ("chatcmpl-abc", 5, "asked", "chat.completion.chunk")}
+    assert ["role" in c["choices"][0]["delta"] for c in told if c["choices"]] == [
+        True] + [False] * (len(told) - 2)
+    assert all(c["choices"][0]["index"] == 0 for c in told if c["choices"])
+
+
+@pytest.mark.parametrize("events, arguments", [
+    (TOOLS, {0: '{"city":"P"}', 1: '{"zone":"CET"}'}),
+    ([start(), *call(0, "t", "f"), *call(1, "u", "g", "", "{}"), *end("tool_use")],
+     {0: "{}", 1: "{}"})])
+def test_rule_2_every_call_fragment_has_a_stable_index_and_names_come_once(events, arguments):
+    calls = [d["tool_calls"] for d in deltas(events) if "tool_calls" in d and d != "tool_calls"]
+    assert all(len(c) == 1 and type(c[0]["index"]) is int for c in calls)
+    first, whole = {}, {}
+    for [fragment] in calls:
+        index, function = fragment["index"], fragment["function"]
+        if index in first:
+            assert set(fragment) == {"index", "function"} and set(function) == {"arguments"}
+        else:
+            first[index] = (fragment["id"], fragment["type"], function["name"])
+        whole[index] = whole.get(index, "") + function["arguments"]
+    assert whole == arguments and list(first) == sorted(first) and len(set(first.values())) == 2
+
+
+@pytest.mark.parametrize("events, _", CHAT_STREAMS)
+def test_rule_3_one_finish_reason_before_usage_and_done(events, _):
+    told = chunks(events, wants=["usage"])
+    finished = [bool(c["choices"] and c["choices"][0]["finish_reason"]) for c in told[:-1]]
+    assert finished == [False] * (len(finished) - 2) + [True, False]
+    assert told[-2]["choices"] == [] and told[-2]["usage"] and told[-1] == "[DONE]"
+
+
+def test_rule_4_a_usage_chunk_comes_only_when_it_was_asked_for():
+    unasked, asked = chunks(HELLO), chunks(HELLO, wants=["usage"])
+    assert all("usage" not in c and c["choices"] for c in unasked[:-1])
+    assert (asked[-2]["choices"], asked[-2]["usage"]["total_tokens"]) == ([], 17)
+    assert len(asked) == len(unasked) + 1
+
+
+def test_rule_5_no_other_chunk_carries_running_usage():
+    assert [c["usage"] for c in chunks(TOOLS, wants=["usage"])[:-2]] == [None] * (
+        len(chunks(TOOLS)) - 1)
+
+
+def test_rule_6_a_heartbeat_is_an_empty_chunk_for_chat_and_a_ping_for_messages():
+    [beat] = sse(DIALECTS["chat"].frames(fold([start(), PING]), PING)[0])
+    assert beat[1]["object"] == "chat.completion.chunk"
+    assert [(c["delta"], c["finish_reason"]) for c in beat[1]["choices"]] == [({}, None)]
+    assert pure_stream("messages", [PING]) == b'event: ping\ndata: {"type":"ping"}\n\n'
+    for dialect in DIALECTS:
+        assert not re.search(rb"(?m)^(id:|:|data: *$)", pure_stream(dialect, [PING, *TOOLS]))
+
+
+ERROR = {"type": "error", "error": {"type": "server_error", "message": "it broke", "code": None}}
+
+
+@pytest.mark.parametrize("events", [[], [start()], [start(), *text(0, "a", "b")[:2]], TOOLS[:7]])
+def test_rule_7_an_error_inside_a_chat_stream_is_one_frame_then_done(events):
+    told = chunks([*events, ERROR], wants=["usage"])
+    assert told[-2:] == [{"error": ERROR["error"]}, "[DONE]"]
+    assert all(c["choices"][0]["finish_reason"] is None for c in told[:-2])
+
+
+def event_names(events):
+    return [(name, value.get("index")) for name, value in sse(pure_stream("messages", events))]
+
+
+@pytest.mark.parametrize("events", [HELLO, TOOLS, THOUGHT, [PING, *HELLO], [start(), *end()], [
+    start(), *block(0, {"type": "of_the_future", "x": 1}, {"type": "future_delta"}), *end()]])
+def test_messages_events_pass_in_full_and_in_order_but_for_the_models_name(events):
+    expected = [(e["type"], e) for e in events]
+    told = sse(pure_stream("messages", events))
+    at = [e["type"] for e in events].index("message_start")
+    expected[at] = ("message_start", {**events[at], "message": {**events[at]["message"],
+                                                                "model": "asked"}})
+    assert told == expected
+
+
+@pytest.mark.parametrize("events, closed", [
+    ([start(), *text(0, "a")[:2]], [("content_block_stop", 0)]),
+    ([start(), *thinking(0, "a"), *text(1, "a")[:1]], [("content_block_stop", 1)]),
+    ([start(), *text(0, "a")], []), ([start()], [])])
+def test_a_failure_in_a_messages_stream_closes_the_block_before_event_error(events, closed):
+    told = event_names([*events, ERROR])
+    assert [t for t in told[len(events):] if not t[0].startswith("message")] == [
+        *closed, ("error", None)]
+    assert sse(pure_stream("messages", [*events, ERROR]))[-1][1] == ERROR
+
+
+def test_thinking_keeps_its_signature_and_an_empty_thinking_block_is_kept():
+    events = [start(), *thinking(0), *text(1, "a"), *end()]
+    told = [value for name, value in sse(pure_stream("messages", events))]
+    assert {"type": "signature_delta", "signature": "sig=="} in [v.get("delta") for v in told]
+    assert DIALECTS["messages"].body(fold(events))["content"][0] == {
+        "type": "thinking", "thinking": "", "signature": "sig=="}
+
+
+USAGE_PURE = {"input_tokens": 10, "cache_creation_input_tokens": 20, "cache_read_input_tokens": 300,
+         "output_tokens": 1}
+
+
+def test_a_whole_messages_answer_is_what_its_stream_folds_to():
+    message = fold([start(**USAGE_PURE), *THOUGHT[1:-2], *call(2, "t", "f", '{"a": 1}'),
+                    *end("tool_use", output_tokens=9)])
+    assert DIALECTS["messages"].body(message) == {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "asked", "content": [
+            {"type": "thinking", "thinking": "Let me think.", "signature": "sig=="}, said("Done."),
+            {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}],
+        "stop_reason": "tool_use", "stop_sequence": None, "usage": {**USAGE_PURE, "output_tokens": 9}}
+
+
+def test_a_whole_messages_answer_names_the_stop_sequence_and_keeps_an_input_an_object():
+    body = DIALECTS["messages"].body(fold([start(), *text(0, "a"), *end("stop_sequence", "END")]))
+    assert (body["stop_reason"], body["stop_sequence"]) == ("stop_sequence", "END")
+    cut = DIALECTS["messages"].body(fold([start(), *call(0, "t", "f", '{"a'), *end("max_tokens")]))
+    assert isinstance(cut["content"][0]["input"], dict)
+
+
+@pytest.mark.parametrize("events, _", CHAT_STREAMS)
+@pytest.mark.parametrize("wants", [[], ["functions"]])
+def test_a_whole_chat_answer_is_what_its_stream_folds_to(events, _, wants):
+    choice = chat_body(events, wants)["choices"][0]
+    told, calls, finish = {}, {}, None
+    for delta in deltas(events, wants):
+        if isinstance(delta, str):
+            finish = delta
+            continue
+        for name in ("content", "reasoning_content"):
+            told[name] = told.get(name, "") + delta.get(name, "")
+        for piece in delta.get("tool_calls", [{"index": 0, "function": delta["function_call"]}]
+                               if "function_call" in delta else []):
+            kept = calls.setdefault(piece["index"], {"name": "", "arguments": ""})
+            kept["name"] += piece["function"].get("name", "")
+            kept["arguments"] += piece["function"].get("arguments", "")
+    message = choice["message"]
+    whole = [c["function"] for c in message.get("tool_calls", [])] or (
+        [message["function_call"]] if "function_call" in message else [])
+    assert choice["finish_reason"] == finish
+    assert (message["content"] or "", message.get("reasoning_content", "")) == (
+        told["content"], told["reasoning_content"])
+    assert [(f["name"], json.loads(f["arguments"])) for f in whole] == [
+        (f["name"], json.loads(f["arguments"])) for f in calls.values()]
+
+
+def test_a_whole_chat_answer_has_every_field_that_clients_read():
+    assert chat_body([start(**USAGE_PURE), *TOOLS[1:-2], *end("tool_use", output_tokens=9)]) == {
+        "id": "chatcmpl-abc", "object": "chat.completion", "created": 5, "model": "asked",
+        "choices": [{"index": 0, "logprobs": None, "finish_reason": "tool_calls", "message": {
+            "role": "assistant", "content": "Let me look.", "refusal": None, "tool_calls": [
+                {"id": "toolu_1", "type": "function",
+                 "function": {"name": "get_weather", "arguments": '{"city": "P"}'}},
+                {"id": "toolu_2", "type": "function",
+                 "function": {"name": "get_time", "arguments": '{"zone": "CET"}'}}]}}],
+        "usage": {"prompt_tokens": 330, "completion_tokens": 9, "total_tokens": 339,
+                  "prompt_tokens_details": {"cached_tokens": 300},
+                  "completion_tokens_details": {"reasoning_tokens": 0}}}
+
+
+@pytest.mark.parametrize("events, content", [
+    ([start(), *call(0, "t", "f"), *end("tool_use")], None), ([start(), *end()], ""),
+    ([start(), *text(0, "a"), *text(1, "b"), *end()], "ab")])
+def test_chat_content_is_null_only_beside_tool_calls(events, content):
+    assert chat_body(events)["choices"][0]["message"]["content"] == content
+
+
+def test_arguments_that_the_output_limit_cut_off_stay_as_they_are_in_chat():
+    choice = chat_body([start(), *call(0, "t", "f", '{"a": "cu'), *end("max_tokens")])["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"a": "cu'
+    assert choice["finish_reason"] == "length"
+
+
+def test_old_style_callers_get_a_function_call():
+    events = [start(), *call(0, "t", "f", '{"a":', "1}"), *end("tool_use")]
+    assert deltas(events, ["functions"]) == [
+        ROLE, {"function_call": {"name": "f", "arguments": ""}},
+        {"function_call": {"arguments": '{"a":'}}, {"function_call": {"arguments": "1}"}},
+        "function_call"]
+    choice = chat_body(events, ["functions"])["choices"][0]
+    assert choice["message"]["function_call"] == {"name": "f", "arguments": '{"a": 1}'}
+    assert "tool_calls" not in choice["message"] and choice["finish_reason"] == "function_call"
+
+
+def test_reasoning_tokens_are_told_when_the_api_counts_them():
+    usage = chat_body([start(), *text(0, "a"), *end(
+        output_tokens=9, output_tokens_details={"thinking_tokens": 4})])["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 4}
+
+
+VENDOR_TYPES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+                403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+                429: "rate_limit_error", 500: "api_error", 504: "timeout_error",
+                529: "overloaded_error"}
+
+
+@pytest.mark.parametrize("kind", ccproxy.ERRORS)
+def test_every_error_has_its_status_and_both_envelopes(kind):
+    error = ApiError(kind, "what happened", param="field")
+    status = error.status
+    chat, messages = DIALECTS["chat"].error(error), DIALECTS["messages"].error(error)
+    ours = status >= 500 and status not in (501, 505)       # those two are the caller's doing
+    generic = "api_error" if ours else "invalid_request_error"
+    assert 400 <= status < 600
+    assert messages == {"type": "error", "error": {"type": VENDOR_TYPES.get(status, generic),
+                                                   "message": "what happened"}}
+    assert set(chat) == {"error"} and set(chat["error"]) == {"message", "type", "param", "code"}
+    assert (chat["error"]["message"], chat["error"]["param"]) == ("what happened", "field")
+    assert (chat["error"]["type"] == "server_error") is ours
+    assert chat["error"]["code"] == (None if kind == "invalid_request" else kind)
+
+
+@pytest.mark.parametrize("status, kind", [(s, ApiError(k, "").kind) for k, (s, *_) in
+                                          ccproxy.ERRORS.items()])
+def test_a_vendors_status_is_kept(status, kind):
+    error = ccproxy.status_error(status, "m", 3)
+    assert (error.status, error.kind, str(error), error.retry_after) == (status, kind, "m", 3)
+
+
+@pytest.mark.parametrize("status, vendor", [(418, "invalid_request_error"), (520, "api_error")])
+def test_an_unknown_status_is_kept_too(status, vendor):
+    error = ccproxy.status_error(status, "m")
+    assert error.status == status
+    assert DIALECTS["messages"].error(error)["error"]["type"] == vendor
+
+
+# == 5. CLI protocol ===============================================================================
+
+def load_recordings():
+    """Recordings of a real CLI (2.1.330), trimmed: name -> [[direction, line]]."""
+    for place in (os.path.join(HERE, ".ci"), HERE):
+        path = os.path.join(place, "transcripts.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                return json.load(file)
+    raise FileNotFoundError("transcripts.json")
+
+
+RECORDINGS = load_recordings()
+
+
+def from_cli(name):
+    """What the CLI said in its turns: lines of history and control are not the turn's."""
+    return [line for way, line in RECORDINGS[name] if way == "from_cli"
+            and not line["type"].startswith("control_")
+            and not (line["type"] == "result" and line["num_turns"] == 0)]
+
+
+def turn(**fields):
+    fields = {"messages": (user(said("q")),), "tools": (WEATHER,), **fields}
+    return ccproxy.Turn(model="m", **fields)
+
+
+def replay(lines, asked=None, clock=lambda: 0.0):
+    """A Reply fed until it has ended, its events, and the lines that are left."""
+    reply, events, lines = Reply(asked or turn(), clock), [], list(lines)
+    while lines and not reply.done and not reply.failed:
+        events += reply.feed(lines.pop(0))
+    return reply, events, lines
+
+
+def well_formed(events, whole=True):
+    """Exactly one message: one start, contiguous blocks one after the other, one end."""
+    kinds = [e["type"] for e in events]
+    shape = "".join(kind + " " for kind in kinds if kind != "content_block_delta")
+    blocks = "(content_block_start content_block_stop )*"
+    if whole:
+        assert re.fullmatch(f"message_start {blocks}message_delta message_stop ", shape), kinds
+    else:
+        assert re.fullmatch(f"(message_start )?{blocks}(content_block_start )?", shape), kinds
+    starts = [e["index"] for e in events if e["type"] == "content_block_start"]
+    assert starts == list(range(len(starts)))
+    return fold(events)
+
+
+def stream_lines(*events):
+    return [{"type": "stream_event", "event": event, "parent_tool_use_id": None}
+            for event in events]
+
+
+def init(*tools):
+    return {"type": "system", "subtype": "init", "model": "claude-real", "tools": list(tools)}
+
+
+def failed_result(text="API Error: 500 broken", **more):
+    return {"type": "result", "subtype": "success", "is_error": True, "result": text, **more}
+
+
+WORDS = "Hello from fake. "
+SUNNY = 'result=[{"type": "text", "text": "sunny"}]'
+
+
+def tool_use(ident, name, **given):
+    return {"type": "tool_use", "id": ident, "name": name, "input": given}
+
+
+ANSWERS = {     # recording -> (content, stop reason) of each message in it
+    "chat-two-turns": [([said(WORDS + "You said: ECHO hello ")], "end_turn"),
+                       ([said(WORDS + "You said: and again ")], "end_turn")],
+    "history": [([said(WORDS + "You said: So, is it wet? ")], "end_turn")],
+    "sampling-and-tool-choice": [([said(WORDS + "You said: hello ")], "end_turn")],
+    "thinking": [([{"type": "thinking", "thinking": "Let me think.", "signature": "sig=="},
+                   said("Done.")], "end_turn")],
+    "client-tool": [
+        ([tool_use("toolu_8a04f9552350459189d8", "get_weather", city="Paris")], "tool_use"),
+        ([said(WORDS + SUNNY + " ")], "end_turn")],
+    "client-tools-parallel": [
+        ([tool_use("toolu_cea1c8ae7bd04e5c883b", "get_weather", city="Paris"),
+          tool_use("toolu_255db43154ed41fcba08", "get_weather", city="Rome")], "tool_use"),
+        ([said(WORDS + SUNNY + SUNNY[7:] + " ")], "end_turn")],
+    "agent-permission-allow": [
+        ([tool_use("toolu_fdb97f1a4be74680b770", "Write", file_path="out.txt", content="hi")],
+         "tool_use"),
+        ([said(WORDS + 'result="File created successfully at: out.txt (file state is current in '
+               'your context \\u2014 no need to Read it back)" ')], "end_turn")],
+    "agent-permission-deny": [
+        ([tool_use("toolu_8045213bbd214c25bd6b", "Write", file_path="out.txt", content="hi")],
+         "tool_use"),
+        ([said(WORDS + 'result="User said no" ')], "end_turn")],
+}
+FAILURES = {
+    "error-400": (400, "fake invalid_request_error"), "error-529": (529, "fake overloaded_error"),
+    "error-401": (401, "fake authentication_error"), "error-429": (429, "fake rate_limit_error"),
+    "interrupt": (502, None),
+}
+
+
+def test_every_recording_is_replayed():
+    assert set(RECORDINGS) == set(ANSWERS) | set(FAILURES)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_recorded_turn_becomes_exactly_one_message_after_the_other(name):
+    lines = from_cli(name)
+    for content, reason in ANSWERS[name]:
+        reply, events, lines = replay(lines)
+        assert reply.done and reply.reusable and not reply.failed
+        message = well_formed(events)
+        assert (message.content, message.stop_reason) == (content, reason)
+        while lines and lines[0]["type"] == "result":
+            lines.pop(0)
+    assert lines == []
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_recorded_failure_keeps_its_status_and_the_vendors_own_words(name):
+    status, words = FAILURES[name]
+    reply, events, rest = replay(from_cli(name))
+    assert not reply.done and not reply.reusable and rest == []
+    assert reply.failed.status == status and not reply.failed.retry_after
+    assert words is None or str(reply.failed) == words
+    well_formed(events, whole=False)
+
+
+def test_nothing_is_told_after_the_message_is_done():
+    reply, _, rest = replay(from_cli("client-tool"))
+    assert rest and [e for line in rest for e in reply.feed(line)] == []
+    assert reply.done and not reply.failed
+
+
+@pytest.mark.parametrize("line, seconds", [
+    ({"type": "system", "subtype": "api_retry", "retry_delay_ms": 12500, "error_status": 429}, 13),
+    ({"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 1090}}, 90),
+    ({"type": "rate_limit_event", "rate_limit_info": {"resetsAt": 900}}, 1),
+    ({"type": "rate_limit_event", "rate_limit_info": {}}, None),
+    ({"type": "rate_limit_event"}, None)])
+@pytest.mark.parametrize("name", ["error-429", "error-529", "error-400"])
+def test_retry_after_is_told_when_the_cli_said_it_and_waiting_may_help(name, line, seconds):
+    reply, _, _ = replay([line, *from_cli(name)], clock=lambda: 1000.0)
+    expected = None if name == "error-400" else seconds
+    assert (reply.failed.status, reply.failed.retry_after or None) == (int(name[-3:]), expected)
+
+
+def test_an_api_that_asks_to_wait_long_fails_the_turn_at_once():
+    retry = {"type": "system", "subtype": "api_retry", "attempt": 1, "max_retries": 2,
+             "retry_delay_ms": 61000, "error_status": 429}
+    reply, _, rest = replay([init(), retry, init()])
+    assert (reply.failed.status, reply.failed.retry_after, len(rest)) == (429, 61, 1)
+    assert replay([init(), {**retry, "error_status": None}])[0].failed.status == 502
+    assert not replay([init(), {**retry, "retry_delay_ms": 2000}])[0].failed
+
+
+@pytest.mark.parametrize("noise", [
+    {"type": "of_the_future"}, {"type": "system", "subtype": "of_the_future"}, {},
+    {"type": "system", "subtype": "status", "status": None}, {"no": "type"},
+    {"type": "stream_event", "parent_tool_use_id": "toolu_9", "event": text(0, "sub")[1]},
+    {"type": "stream_event", "parent_tool_use_id": "toolu_9", "event": start()},
+    {"type": "assistant", "parent_tool_use_id": "toolu_9", "error": "unknown",
+     "message": {"model": "<synthetic>", "content": []}},
+    {"type": "assistant", "message": {"model": "claude-real", "content": [said("again")]}},
+    {"type": "user", "message": {"role": "user", "content": "x"}},
+    {"type": "command_lifecycle", "state": "queued"}],
+    ids=lambda line: json.dumps(line)[:50])
+def test_lines_of_subagents_and_of_unknown_types_change_nothing(noise):
+    lines = from_cli("thinking")
+    reply, events, _ = replay([x for line in lines for x in (noise, line)])
+    assert (reply.done, events) == (True, replay(lines)[1])
+
+
+def test_unknown_fields_key_order_and_unknown_blocks_pass():
+    events = [start(), *block(0, {"of": "future", "type": "new_block"}, {"type": "new_delta"}),
+              *text(1, "a"), *end("new_reason")]
+    lines = [{k: line[k] for k in reversed(list(line))} for line in stream_lines(*events)]
+    reply, told, _ = replay(lines)
+    assert (told, reply.done) == (events, True)
+
+
+@pytest.mark.parametrize("reason, reusable", [
+    ("end_turn", True), ("stop_sequence", True), ("max_tokens", False), ("refusal", False)])
+def test_a_process_is_reused_only_after_an_end_that_the_cli_leaves_alone(reason, reusable):
+    reply, _, _ = replay(stream_lines(start(), *text(0, "a"), *end(reason)))
+    assert (reply.done, reply.reusable) == (True, reusable)
+
+
+def test_a_broken_stream_is_an_error_and_never_an_answer():
+    broken = [{"type": "message_delta", "delta": {"stop_reason": None}, "usage": {}},
+              {"type": "message_stop"}]
+    reply, events, rest = replay([init(), *stream_lines(start(), *text(0, "a"), *broken), {
+        "type": "assistant", "error": "server_error", "message": {
+            "model": "<synthetic>", "content": [said("API Error: 500 broken off")]}},
+        failed_result("API Error: 500 broken off", api_error_status=500)])
+    assert (reply.done, reply.reusable, rest) == (False, False, [])
+    assert (reply.failed.status, str(reply.failed)) == (500, "broken off")
+    well_formed(events, whole=False)
+
+
+def test_a_second_message_start_is_hidden_before_content_and_an_error_after_it():
+    reply, events, _ = replay(stream_lines(start(), start(), *text(0, "a"), *end()))
+    assert reply.done and well_formed(events).content == [said("a")]
+    reply, events, _ = replay(stream_lines(start(), *text(0, "a"), start(), *text(0, "b"), *end()))
+    assert reply.failed.status == 502 and not reply.done
+    well_formed(events, whole=False)
+
+
+@pytest.mark.parametrize("line, status, words", [
+    (failed_result("API Error: 400 {\"type\":\"error\",\"error\":{\"message\":\"no\"}} \u00b7 see",
+                   api_error_status=400), 400, "no"),
+    (failed_result("API Error: 413 too big", api_error_status=413), 413, "too big"),
+    (failed_result("API Error: 404 model: x. Run --model to pick a different model.",
+                   api_error_status=404), 404, "model: x"),
+    (failed_result("You've hit your limit", api_error_status=429), 429, "You've hit your limit"),
+    (failed_result(None, errors=["it broke"]), 502, None),
+    ({"type": "result", "subtype": "success", "is_error": False, "result": ""}, 502, None),
+    ({"type": "result", "subtype": "error_max_turns", "is_error": True}, 502, None)])
+def test_a_result_without_a_message_is_a_failure(line, status, words):
+    reply, _, _ = replay([init(), line])
+    assert reply.failed.status == status and str(reply.failed)
+    assert words is None or str(reply.failed) == words
+
+
+def test_the_clis_word_for_an_error_stands_in_for_a_missing_status():
+    for word, status in {"rate_limit": 429, "authentication_failed": 401, "new": 502}.items():
+        problem = {"type": "assistant", "error": word, "message": {
+            "model": "<synthetic>", "content": [said("no")]}}
+        assert replay([problem, failed_result()])[0].failed.status == status
+
+
+# -- structured output
+
+ANSWER = "StructuredOutput"
+GOOD, BAD = '{"n": 7}', '{"n": "x"}'
+
+
+def answer_lines(ident, pieces, verdict, before=()):
+    """One message with a call of the answer tool, and what the CLI says to it."""
+    given = [] if verdict is None else [{"type": "user", "message": {"role": "user", "content": [
+        result("valid" if verdict else "n must be integer", ident,
+               **({} if verdict else {"is_error": True}))]}}]
+    return [*stream_lines(start(), *before, *call(len(before) and 1, ident, ANSWER, *pieces),
+                          *end("tool_use")), *given]
+
+
+def structured(*lines, **fields):
+    return replay([init(ANSWER), *lines], turn(schema=SCHEMA, tools=(), **fields))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("before", [(), text(0, "Sure:"), thinking(0, "hm")])
+def test_an_answer_to_a_schema_arrives_as_text(streamed, before):
+    reply, events, _ = structured(*answer_lines("t", ["", '{"n"', ": 7}"], True, before),
+                                  stream=streamed)
+    message = well_formed(events)
+    assert reply.done and (message.said("text"), message.stop_reason) == (GOOD, "end_turn")
+    assert {b["type"] for b in message.content} <= {"text", "thinking"}
+
+
+def test_an_answer_to_a_schema_is_streamed_as_it_comes_but_ends_only_when_valid():
+    reply = Reply(turn(schema=SCHEMA, tools=(), stream=True))
+    *lines, verdict = answer_lines("t", ['{"n"', ": 7}"], True)
+    events = [reply.feed(line) for line in [init(ANSWER), *lines]]
+    assert [e["delta"]["text"] for told in events for e in told
+            if e["type"] == "content_block_delta"] == ['{"n"', ": 7}"]
+    assert not reply.done
+    assert [e["type"] for e in reply.feed(verdict)] == ["message_delta", "message_stop"]
+
+
+def test_a_whole_answer_that_was_rejected_first_is_only_the_accepted_one():
+    reply, events, _ = structured(*answer_lines("t", [BAD], False, thinking(0, "hm")),
+                                  *answer_lines("u", [GOOD], True, thinking(0, "oh")))
+    assert reply.done and well_formed(events).said("text") == GOOD
+
+
+def test_a_streamed_answer_that_is_rejected_ends_in_an_error():
+    reply, events, _ = structured(*answer_lines("t", [BAD], False), stream=True)
+    assert reply.failed.status == 502 and not reply.done
+    assert "n must be integer" in str(reply.failed)
+    well_formed(events, whole=False)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_answer_tool_that_was_never_called_ends_in_an_error(streamed):
+    reply, events, _ = structured(
+        *stream_lines(start(), *text(0, "no JSON"), *end()),
+        {"type": "result", "subtype": "success", "is_error": False, "result": "no JSON"},
+        stream=streamed)
+    assert reply.failed.status == 502 and not reply.done
+    assert "no JSON" not in json.dumps(events)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("pieces", [[], [""], ["{}"]])
+def test_an_empty_answer_to_a_schema_is_still_json(streamed, pieces):
+    reply, events, _ = structured(*answer_lines("t", pieces, True), stream=streamed)
+    assert reply.done and json.loads(well_formed(events).said("text")) == {}
+
+
+def test_a_client_tool_may_be_called_before_the_answer():
+    reply, events, _ = replay([init(ANSWER, "get_weather"), *stream_lines(
+        start(), *text(0, "Look."), *call(1, "t", "get_weather", "{}"), *end("tool_use"))],
+        turn(schema=SCHEMA))
+    assert reply.done and [b["type"] for b in well_formed(events).content] == ["tool_use"]
+
+
+def test_a_schema_that_the_cli_cannot_use_is_refused():
+    assert replay([init()], turn(schema=SCHEMA))[0].failed.status == 400
+
+
+# -- what is said to it
+
+@pytest.mark.parametrize("name, kept", [
+    ("get_weather", True), ("a-B_9", True), ("a" * 128, True), ("a" * 129, False), ("", False),
+    ("a b", False), ("a.b", False), ("\u00e9", False), ("a/b", False), (ANSWER, False),
+    ("__proto__", False), ("constructor", False), ("\ud800", False)])
+def test_a_tool_name_that_the_cli_could_not_take_is_mapped_there_and_back(name, kept):
+    wire = ccproxy.wire_name(name)
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,128}", wire) and (wire == name) is kept
+    _, events, _ = replay(stream_lines(start(), *call(0, "t", wire), *end("tool_use")),
+                          turn(tools=({**WEATHER, "name": name},)))
+    assert fold(events).content[0]["name"] == name
+    line = ccproxy.assistant_line({"content": [{**CALL, "name": name}]}, "u-1", "claude-real")
+    assert line["message"]["content"][0]["name"] == wire
+
+
+def test_mapped_tool_names_differ_where_the_names_do():
+    names = ["a b", "a.b", "a_b", "a/b", "a" * 129, "a" * 130]
+    assert len(set(map(ccproxy.wire_name, names))) == len(names)
+
+
+NUMBER = {"type": "number", "minimum": 0}
+
+
+@pytest.mark.parametrize("schema, wire", [
+    (SCHEMA, SCHEMA), ({}, {}), (True, True), (NUMBER, NUMBER),
+    ({"type": "string", "format": "date-time", "x-order": 1, "$comment": "c"}, {"type": "string"}),
+    ({"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object"},
+     {"type": "object"}),
+    ({"properties": {"format": {"format": "uri", "type": "string"}, "x-a": {"x-b": 1}}},
+     {"properties": {"format": {"type": "string"}, "x-a": {}}}),
+    ({"$defs": {"x-y": {"format": "date", **NUMBER}}, "$ref": "#/$defs/x-y"},
+     {"$defs": {"x-y": NUMBER}, "$ref": "#/$defs/x-y"}),
+    ({"enum": [{"format": 1}], "const": {"x-a": 1}, "default": {"format": 2}},
+     {"enum": [{"format": 1}], "const": {"x-a": 1}, "default": {"format": 2}}),
+    ({"anyOf": [{"format": "date"}, NUMBER], "items": {"format": "date"}, "not": {"x": 1}},
+     {"anyOf": [{}, NUMBER], "items": {}, "not": {}}),
+    ({"required": ["format"], "additionalProperties": False, "patternProperties": {"^x": NUMBER}},
+     {"required": ["format"], "additionalProperties": False, "patternProperties": {"^x": NUMBER}}),
+])
+def test_a_schema_keeps_what_narrows_and_loses_what_the_validator_trips_over(schema, wire):
+    before = json.dumps(schema)
+    assert ccproxy.wire_schema(schema) == wire and json.dumps(schema) == before
+
+
+@pytest.mark.parametrize("words", [
+    "/compact", "/x\ny", "//compact", "///compact", "// compact", "/ compact", "//", "/",
+    " /compact", "hi", "hi /compact", "a\n/compact", "/\n", "/\u00e9"])
+@pytest.mark.parametrize("after", [[], [IMAGE]])
+@pytest.mark.parametrize("starts", [True, False])
+def test_no_text_of_the_user_is_taken_for_a_command(words, after, starts):
+    line = ccproxy.user_line(user(said("/first"), said(words), *after), "u-1", starts)
+    content = line["message"]["content"]
+    texts = [b["text"] for b in content if b["type"] == "text"]
+    assert "".join(texts).replace("/first", "", 1).strip() == words.strip()
+    if not after:       # measured: "/" and "/x" are taken for commands, "//x" and " /" are not
+        assert not re.match(r"/(?!/)", texts[-1])
+    assert [b for b in content if b["type"] != "text"] == after
+    assert all(map(str.strip, texts))                   # the API refuses white space alone
+    assert line.get("shouldQuery", True) is starts
+
+
+def test_parameters_travel_in_the_extra_body_and_nothing_else_does():
+    fields = {"temperature": 0.2, "top_k": 5, "max_tokens": 64, "stop_sequences": ["END"],
+              "thinking": {"type": "adaptive"}}
+    settings, body = said_settings(turn(fields={**fields, "effort": "high"}, tools=()), "sonnet")
+    assert body == fields
+    assert (settings["model"], settings["effortLevel"]) == ("sonnet", "high")
+    settings, body = said_settings(turn(tools=()))
+    assert body == {} and "model" not in settings and settings["effortLevel"] is None
+
+
+@pytest.mark.parametrize("fields, refused, thought", [
+    ({"temperature": 0.5}, False, OFF), ({"top_p": 1}, False, OFF), ({"top_k": 5}, False, OFF),
+    ({"tool_choice": ANY}, False, OFF), ({"temperature": 0.5}, True, None), ({}, False, None),
+    ({"stop_sequences": ["a"]}, False, None),
+    ({"tool_choice": {"type": "auto"}}, False, None),
+    ({"temperature": 1, "effort": "low"}, False, None),
+    ({"temperature": 1, "thinking": ADAPTIVE}, False, ADAPTIVE)])
+def test_sampling_switches_thinking_off_unless_the_caller_or_the_model_objects(
+        fields, refused, thought):
+    asked = ccproxy.with_thinking(turn(fields=fields), ["thinking.disabled"] * refused)
+    assert said_settings(asked)[1].get("thinking") == thought
+
+
+def test_client_tools_travel_exactly_as_defined_and_are_allowed():
+    long = {"name": "b tool", "description": "x" * 9000 + "\u200b", "strict": True,
+            "input_schema": {"type": "object", "properties": {"d": {"format": "date"}}}}
+    settings, body = said_settings(turn(tools=(long, WEATHER)))
+    assert body["tools"] == [{**long, "name": ccproxy.wire_name("b tool")}, WEATHER]
+    assert settings["permissions"]["allow"] == ["mcp__client__*"]
+
+
+def test_the_answer_tool_stays_in_the_list_beside_client_tools():
+    _, body = said_settings(turn(schema=SCHEMA))
+    assert [t["name"] for t in body["tools"]] == ["get_weather", ANSWER]
+    assert body["tools"][1]["input_schema"] == SCHEMA
+    assert "tools" not in said_settings(turn(schema=SCHEMA, tools=()))[1]
+
+
+@pytest.mark.parametrize("choice, wire", [
+    ({"type": "auto", **SINGLE}, {"type": "auto", **SINGLE}), (ANY, ANY),
+    ({"type": "tool", "name": "b tool"}, {"type": "tool", "name": ccproxy.wire_name("b tool")})])
+def test_a_forced_tool_is_named_as_the_cli_knows_it(choice, wire):
+    asked = turn(tools=({**WEATHER, "name": "b tool"},), fields={"tool_choice": choice})
+    assert said_settings(asked)[1]["tool_choice"] == wire
+
+
+def test_every_settings_request_resets_what_the_last_one_set():
+    first = said_settings(turn(tools=(), fields={
+        "effort": "low", "max_tokens": 5, "temperature": 0, "thinking": {"type": "disabled"}}))[0]
+    second = said_settings(turn(tools=()))[0]
+    assert set(first["env"]) <= set(second["env"]) and set(first) <= set(second)
+    assert second["env"]["CLAUDE_CODE_DISABLE_THINKING"] == ""
+
+
+def test_history_has_unique_ids_and_the_models_own_id():
+    message = {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "t", "signature": "s"}, said("a"), CALL]}
+    lines = [ccproxy.assistant_line(message, uid, "claude-real") for uid in ("u-1", "u-2")]
+    assert lines[0]["message"]["id"] != lines[1]["message"]["id"]
+    assert lines[0]["message"]["content"] == message["content"]
+    assert lines[0]["message"]["model"] == "claude-real"
+
+
+def test_the_environment_loses_the_outer_session_and_keeps_credentials():
+    kept = {"HOME": "h", "PATH": "p", "ANTHROPIC_API_KEY": "k", "ANTHROPIC_BASE_URL": "u",
+            "ANTHROPIC_AUTH_TOKEN": "t", "CLAUDE_CODE_OAUTH_TOKEN": "o", "CLAUDE_CONFIG_DIR": "d",
+            "CLAUDE_CODE_USE_BEDROCK": "1", "CLAUDE_CODE_USE_VERTEX": "1", "HTTPS_PROXY": "x",
+            "no_proxy": "y", "AWS_REGION": "r"}
+    lost = {"CLAUDECODE": "1", "CLAUDE_CODE_ENTRYPOINT": "cli", "CLAUDE_CODE_SSE_PORT": "1",
+            "CLAUDE_CODE_SESSION_ID": "s", "CLAUDE_CODE_EXTRA_BODY": "{}",
+            "CCPROXY_API_KEY": "secret", "CCPROXY_CLAUDE": "x", "CLAUDE_AGENT_SDK_VERSION": "1"}
+    env = ccproxy.claude_env({**kept, **lost}, 3, 900.0)
+    assert {name: env.get(name) for name in kept} == kept
+    assert not set(lost) & set(env)
+    assert env.items() >= {
+        "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1", "ENABLE_TOOL_SEARCH": "false",
+        "CLAUDE_CODE_MAX_RETRIES": "3", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_DISABLE_FILE_MENTIONS": "1", "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1"}.items()
+    assert int(env["MCP_TOOL_TIMEOUT"]) >= 900000
+    assert int(env["CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT"]) >= 900000
+
+
+@pytest.mark.parametrize("told, version, fits", [
+    ("2.1.330 (Claude Code)\n", (2, 1, 330), True), ("2.1.110 (Claude Code)", (2, 1, 110), True),
+    ("2.1.109 (Claude Code)", (2, 1, 109), False), ("2.1.9", (2, 1, 9), False),
+    ("warning: x\n3.0.0", (3, 0, 0), True), ("1.0.999", (1, 0, 999), False), ("", (), False),
+    ("command not found", (), False)])
+def test_a_version_is_read_and_measured_against_the_floor(told, version, fits):
+    assert ccproxy.parse_version(told) == version
+    assert (version >= ccproxy.CLI_FLOOR) is fits
+
+
+# -- what models refuse
+
+THOUGHT_BEFORE = (user(said("q")), {"role": "assistant", "content": [
+    {"type": "thinking", "thinking": "t", "signature": "s"}, said("a")]}, user(said("z")))
+BLAMED = [      # (fields of the turn, message of the API, what is dropped)
+    ({"temperature": 0.5, "thinking": OFF}, "`temperature` is deprecated for this model.",
+     "temperature"),
+    ({"top_p": 0.5, "temperature": 1}, "`top_p` is deprecated for this model.", "top_p"),
+    ({"top_k": 5}, "`top_k` is deprecated for this model.", "top_k"),
+    ({"temperature": 0.5, "thinking": ADAPTIVE}, "`temperature` may only be set to 1 when thinking "
+     "is enabled or in adaptive mode.", "temperature"),
+    ({"top_k": 5, "thinking": ON}, "`top_k` may only be set to 1 when thinking is enabled or in "
+     "adaptive mode.", "top_k"),
+    ({"thinking": ON}, '"thinking.type.enabled" is not supported for this model. Use '
+     '"thinking.type.adaptive" and "output_config.effort" to control thinking.', "thinking"),
+    ({"thinking": OFF}, '"thinking.type.disabled" is not supported for this model.', "thinking"),
+    ({"tool_choice": ANY, "thinking": OFF}, "tool_choice: forced tool use is not supported for "
+     "this model.", "tool_choice"),
+    ({"tool_choice": CHOICE}, "tool_choice: `any` and `tool` are not supported.", "tool_choice"),
+    ({"tool_choice": ANY, "thinking": ON}, "Thinking may not be enabled when tool_choice forces "
+     "tool use.", "tool_choice"),
+    ({"temperature": 0.5, "top_p": 0.5}, "`temperature` and `top_p` cannot both be specified for "
+     "this model. Please use only one.", "temperature"),
+    ({"stop_sequences": ["a"]}, "stop_sequences: not supported for this model", "stop_sequences"),
+    ({"effort": "max"}, "This model does not support the effort parameter.", "effort"),
+    ({"messages": THOUGHT_BEFORE}, "messages.1.content.0: `thinking` or `redacted_thinking` "
+     "blocks in the latest assistant message cannot be modified.", "thinking_blocks"),
+    ({"messages": THOUGHT_BEFORE, "thinking": ON}, "messages.1.content.0: Invalid `signature` in "
+     "`thinking` block", "thinking_blocks"),
+    ({}, "`temperature` is deprecated for this model.", None),
+    ({"temperature": 0.5}, "max_tokens: 900000 > 128000, which is the maximum allowed", None),
+    ({"temperature": 0.5}, "This model does not support assistant message prefill. The "
+     "conversation must end with a user message.", None),
+    ({"temperature": 0.5}, "Your credit balance is too low to access the API", None),
+    ({"tool_choice": {"type": "auto"}}, "tool_choice: not supported", None),
+]
+
+
+def blamed(fields):
+    fields = dict(fields)
+    return turn(messages=fields.pop("messages", (ASK,)), fields=fields)
+
+
+@pytest.mark.parametrize("fields, message, dropped", BLAMED)
+def test_the_field_that_a_refusal_names_is_found_and_dropped(fields, message, dropped):
+    asked = blamed(fields)
+    found, rule = ccproxy.features(asked), ccproxy.refusal_rule(asked, message)
+    if dropped is None:
+        assert rule is None
+        return
+    assert rule["drop"] == found[dropped] and rule["drop"] not in rule["with"]
+    left = ccproxy.without(asked, dropped)
+    assert set(ccproxy.features(left).values()) - {"thinking.default"} == (
+        set(found.values()) - {found[dropped], "thinking.default"})
+    assert (left.tools, left.messages[-1]) == (asked.tools, asked.messages[-1])
+
+
+def test_two_fields_refused_together_are_refused_only_together():
+    asked = blamed({"temperature": 0.5, "top_p": 0.5})
+    assert ccproxy.refusal_rule(asked, "`temperature` and `top_p` cannot both be set") == {
+        "drop": "temperature", "with": ["top_p"]}
+
+
+def test_what_was_not_forced_of_a_dropped_choice_remains():
+    left = ccproxy.without(turn(fields={"tool_choice": {**ANY, **SINGLE}}), "tool_choice")
+    assert left.fields == {"tool_choice": {"type": "auto", **SINGLE}}
+    assert ccproxy.without(turn(fields={"tool_choice": CHOICE}), "tool_choice").fields == {}
+
+
+def test_dropping_thinking_blocks_leaves_the_rest_of_the_history():
+    left = ccproxy.without(turn(messages=THOUGHT_BEFORE), "thinking_blocks")
+    assert left.messages == (THOUGHT_BEFORE[0], {"role": "assistant", "content": [said("a")]},
+                             THOUGHT_BEFORE[2])
+
+
+# == 7. Conversations: their keys ==================================================================
+
+TALK = {    # the same conversation in both dialects
+    "chat": {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}, {
+        "role": "assistant", "content": "Look.", "tool_calls": [CHAT_CALL]}, {
+        "role": "tool", "tool_call_id": "toolu_1", "content": "sunny"}], "tools": [NESTED]},
+    "messages": {"system": "S", "tools": [WEATHER], "messages": [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": [said("Look."), CALL]},
+        user(result("sunny"))]},
+}
+
+
+def keys(dialect="messages", caller="me", model="m", **changes):
+    body = {**json.loads(json.dumps(TALK[dialect])), **changes}
+    return ccproxy.digest_chain(parse(dialect, **body), caller, model)
+
+
+def test_the_same_conversation_has_the_same_keys_in_both_dialects():
+    assert keys("chat") == keys("messages")
+    assert len(set(keys("chat"))) == 4
+
+
+def test_a_prefix_of_a_conversation_has_a_prefix_of_its_keys():
+    assert keys(messages=TALK["messages"]["messages"][:1]) == keys()[:2]
+
+
+@pytest.mark.parametrize("changes", [
+    {"caller": "you"}, {"model": "other"}, {"system": "T"}, {"tools": [WEATHER, {
+        "name": "f", "input_schema": {}}]}, {"tools": [{**WEATHER, "description": "other"}]},
+    {"output_format": {"type": "json_schema", "schema": SCHEMA}}])
+def test_another_caller_model_prompt_tool_or_schema_shares_no_key(changes):
+    assert not set(keys(**changes)) & set(keys())
+
+
+def canonical(role, *content):
+    return ccproxy.canonical_message({"role": role, "content": list(content)})
+
+
+@pytest.mark.parametrize("one, other", [
+    (("user", said("a")), ("user", said("b"))), (("user", said("a")), ("assistant", said("a"))),
+    (("assistant", CALL), ("assistant", {**CALL, "input": {}})),
+    (("assistant", CALL), ("assistant", {**CALL, "id": "toolu_2"})),
+    (("assistant", CALL), ("assistant", {**CALL, "name": "f"})),
+    (("assistant", said("a")), ("assistant", said("a"), CALL)),
+    (("user", result([said("a")])), ("user", result([said("b")]))),
+    (("user", result([said("a")])), ("user", result([said("a")], is_error=True))),
+    (("user", said("a")), ("user", said("a"), IMAGE)), (("user", IMAGE), ("user", DOCUMENT)),
+])
+def test_an_edited_message_has_another_key(one, other):
+    assert canonical(*one) != canonical(*other)
+
+
+@pytest.mark.parametrize("one, other", [
+    (("assistant", said(" a\n")), ("assistant", said("a"))),
+    (("assistant", THOUGHT_BEFORE[1]["content"][0], said("a")), ("assistant", said("a"))),
+    (("assistant", {"type": "redacted_thinking", "data": "d"}, said("a")),
+     ("assistant", said("a"))),
+    (("assistant", {**CALL, "input": {"a": 1, "b": 2}}),
+     ("assistant", {**CALL, "input": {"b": 2, "a": 1}})),
+    (("assistant", said("a"), said("b")), ("assistant", said("ab"))),
+    (("user", said("\ud800")), ("user", said("\ud800"))),
+])
+def test_what_clients_do_not_send_back_exactly_does_not_change_the_key(one, other):
+    assert canonical(*one) == canonical(*other)
+
+
+# == Server, access, command line, processes =======================================================
+
+# == the bench =====================================================================================
+
+PATHS_HTTP = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
+both_dialects = pytest.mark.parametrize("dialect", PATHS_HTTP)
+whole_and_streamed = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict
+    body: bytes
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def error(self):
+        return self.json["error"]
+
+    @property
+    def how(self):
+        return self.headers.get("x-cc-conversation")
+
+    @property
+    def text(self):
+        if "choices" in self.json:
+            return self.json["choices"][0]["message"]["content"]
+        return "".join(b.get("text", "") for b in self.json["content"])
+
+
+def dechunk(data):
+    """A chunked body as (its bytes, what follows it)."""
+    pieces = []
+    while True:
+        size, _, data = data.partition(b"\r\n")
+        length = int(size, 16)
+        if not length:
+            return b"".join(pieces), data.partition(b"\r\n")[2]
+        assert data[length:length + 2] == b"\r\n"
+        pieces.append(data[:length])
+        data = data[length + 2:]
+
+
+def answers(data):
+    """The final responses in what a server sent, in order."""
+    found = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        status = int(re.fullmatch(r"HTTP/1\.1 (\d{3}) .*", first).group(1))
+        headers = {n.lower(): v.strip() for n, _, v in (line.partition(":") for line in lines)}
+        if "transfer-encoding" in headers:
+            body, data = dechunk(data)
+        else:
+            length = 0 if status < 200 or status == 204 else int(
+                headers.get("content-length", len(data)))
+            body, data = data[:length], data[length:]
+        if status >= 200:
+            found.append(Answer(status, headers, body))
+    return found
+
+
+def request(start, *fields, body=None, close=True):
+    """The bytes of a request:  request("POST /v1/messages", "X-A: b", body={...})."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    said = [field.split(":")[0].lower() for field in fields]
+    more = ["Host: localhost"] * ("host" not in said) + ["Connection: close"] * close
+    if data is not None:
+        more += [f"Content-Length: {len(data)}"]
+        more += ["Content-Type: application/json"] * ("content-type" not in said)
+    start = start if " HTTP/" in start else start + " HTTP/1.1"
+    return "\r\n".join([start, *fields, *more, "", ""]).encode("utf-8") + (data or b"")
+
+
+def question(said, **more):
+    """A body of either dialect:  question("hi"),  question([messages])."""
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    return {"model": "echo", "messages": messages, **more}
+
+
+def http_connect(url, data=b"", timeout=15.0, rcvbuf=0):
+    host, port = re.fullmatch(r"http://(.+):(\d+)", url).groups()
+    sock = socket.socket()
+    if rcvbuf:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+    sock.settimeout(timeout)
+    sock.connect((host, int(port)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.sendall(data)
+    return sock
+
+
+def read_all(sock):
+    pieces = []
+    with sock, contextlib.suppress(ConnectionResetError):
+        while True:
+            pieces.append(sock.recv(1 << 18))
+            if not pieces[-1]:
+                break
+    return b"".join(pieces)
+
+
+def talk(url, data, end=False):
+    """Everything the server says to these bytes, until it ends."""
+    sock = http_connect(url, data)
+    if end:
+        sock.shutdown(socket.SHUT_WR)
+    return read_all(sock)
+
+
+def ask(url, start, *fields, **more):
+    return answers(talk(url, request(start, *fields, **more)))[-1]
+
+
+def http_post(url, said, dialect="chat", fields=(), **more):
+    return ask(url, "POST " + PATHS_HTTP[dialect], *fields, body=question(said, **more))
+
+
+def frames(body):
+    """An SSE body as [(event, data)]; anything but event and data lines is refused."""
+    found = []
+    for frame in body.decode().split("\n\n")[:-1]:
+        event, data = re.fullmatch(r"(?:event: (\w+)\n)?data: ([^\n]+)", frame).groups()
+        found.append((event, data if data == "[DONE]" else json.loads(data)))
+    return found
+
+
+def together(*jobs):
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return [future.result() for future in [pool.submit(job) for job in jobs]]
+
+
+def until(condition, within_s=5.0):
+    """The condition's value as soon as it is true, else its last one."""
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def alive(pid):
+    """Whether a process runs; a zombie that nobody has reaped does not."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (ProcessLookupError, FileNotFoundError):
+        return Path("/proc/self").exists() is False and pid_exists(pid)
+
+
+def pid_exists(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def gone(pids, within_s=2.0):
+    assert pids, "nothing was started"
+    return until(lambda: not any(map(alive, pids)), within_s)
+
+
+class Cli(NamedTuple):
+    """A fake claude: where it is, and the processes that it started (--version left out)."""
+    path: str
+    log: Path
+
+    @property
+    def pids(self):
+        return [int(n) for n in self.log.read_text().split()] if self.log.exists() else []
+
+
+CLI = """\
+    #!{python}
+    import json, os, signal, subprocess, sys, time
+    def note(pid):
+        with open({log!r}, "a") as file:
+            file.write("%d\\n" % pid)
+    def put(kind, **line):
+        print(json.dumps(dict(line, type=kind)), flush=True)
+    def event(kind, **fields):
+        put("stream_event", event=dict(fields, type=kind))
+    def start(*words):
+        event("message_start", message=dict(id="msg_1", type="message", role="assistant",
+              model="m", content=[], usage=dict(input_tokens=1, output_tokens=1)))
+        event("content_block_start", index=0, content_block=dict(type="text", text=""))
+        for word in words:
+            event("content_block_delta", index=0, delta=dict(type="text_delta", text=word))
+    def end():
+        event("content_block_stop", index=0)
+        event("message_delta", delta=dict(stop_reason="end_turn"), usage=dict(output_tokens=2))
+        event("message_stop")
+        put("result", subtype="success", is_error=False, num_turns=1)
+    def turn():
+        start("fine")
+        end()
+    def told(request_id, subtype):
+        put("control_response", response=dict(subtype="success", request_id=request_id,
+                                              response=dict(
+            account=ACCOUNT, models=[dict(value="default", resolvedModel="m")])))
+    VERSION, ACCOUNT = "2.1.330 (Claude Code)", dict(tokenSource="fake")
+    def on_start(): pass
+    def on_end(): pass
+    {code}
+    if "--version" in sys.argv:
+        print(VERSION)
+        sys.exit()
+    note(os.getpid())
+    on_start()
+    for text in iter(sys.stdin.readline, ""):
+        line = json.loads(text)
+        if line["type"] == "control_request":
+            told(line["request_id"], line["request"]["subtype"])
+        elif line["type"] == "user" and line.get("shouldQuery", True):
+            turn()
+        elif line["type"] == "user":
+            put("result", subtype="success", is_error=False, num_turns=0)
+    on_end()
+"""
+
+
+def cli(folder, code="", name="claude"):
+    """A fake claude that answers "fine", but for what `code` redefines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fake = Cli(str(folder / name), folder / "pids")
+    body = textwrap.dedent(CLI).format(python=sys.executable, log=str(fake.log),
+                                       code=textwrap.dedent(code))
+    Path(fake.path).write_text(body)
+    os.chmod(fake.path, 0o755)
+    return fake
+
+
+def noted_stand_in(folder):
+    """The built-in stand-in, its processes noted."""
+    return cli(folder, f"""
+        def on_start():
+            os.execv(sys.executable, [sys.executable, {ccproxy.__file__!r}, "stand-in"])
+    """)
+
+
+def serving(tmp_path, **settings):
+    return ccproxy.running(**{"claude": "echo", "warm": 0, "state_dir": str(tmp_path / "state"),
+                              **settings})
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with ccproxy.running(claude="echo", warm=1, max_body=200_000,
+                         state_dir=str(tmp_path_factory.mktemp("state"))) as base:
+        yield base
+
+
+def environment(tmp_path, **more):
+    """The environment of a proxy on a machine with nothing set up."""
+    kept = {k: v for k, v in os.environ.items() if not re.match("CCPROXY_|CLAUDE|ANTHROPIC_", k)}
+    return {**kept, "HOME": str(tmp_path), "PYTHONUNBUFFERED": "1", **more}
+
+
+class Proxy(NamedTuple):
+    process: subprocess.Popen
+    url: str
+    banner: str
+    stderr: Path
+
+    @property
+    def log(self):
+        return self.stderr.read_text().splitlines()
+
+
+@contextlib.contextmanager
+def command(tmp_path, *flags, claude="echo", **env):
+    """`python ccproxy.py FLAGS` as a process, ended for sure."""
+    stderr = tmp_path / "stderr"
+    with open(stderr, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, ccproxy.__file__, "--port", "0", "--claude", claude, "--state-dir",
+             str(tmp_path / "state"), *flags], cwd=str(tmp_path), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=file, env=environment(tmp_path, **env), text=True)
+    try:
+        banner = process.stdout.readline()
+        found = re.search(r"ANTHROPIC_BASE_URL=(\S+)", banner)
+        yield Proxy(process, found.group(1) if found else "", banner, stderr)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def run(tmp_path, *argv, **env):
+    return subprocess.run([sys.executable, ccproxy.__file__, *argv], cwd=str(tmp_path), text=True,
+                          env=environment(tmp_path, **env), capture_output=True, timeout=12)
+
+
+# == (a) HTTP wire and server ======================================================================
+
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+POST = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nConnection: close\r\n")
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+NO_MESSAGES = b'{"model": "echo"}'          # answered with 400 and param "messages" once it is read
+
+MALFORMED = {
+    "no target": (b"GET\r\n\r\n", 400),
+    "no version": (b"GET /health\r\n\r\n", 400),
+    "two spaces": (b"GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "space at the end": (b"GET /health HTTP/1.1 \r\nHost: localhost\r\n\r\n", 400),
+    "space in target": (b"GET /he alth HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "space first": (b" GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "odd method": (b"G@T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "relative target": (b"GET health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "raw byte in target": (b"GET /h\xc3\xa9 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "lower case version": (b"GET /health http/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "two-digit version": (b"GET /health HTTP/1.10\r\nHost: localhost\r\n\r\n", 400),
+    "HTTP/2.0": (b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
+    "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "TLS hello": (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
+    "folded field": (GET + b"X-A: b\r\n c\r\n\r\n", 400),
+    "space before first field": (b"GET /health HTTP/1.1\r\n Host: localhost\r\n\r\n", 400),
+    "space before colon": (GET + b"X-A : b\r\n\r\n", 400),
+    "space in name": (GET + b"X A: b\r\n\r\n", 400),
+    "no colon": (GET + b"X-A\r\n\r\n", 400),
+    "no name": (GET + b": b\r\n\r\n", 400),
+    "bare LF between fields": (GET + b"X-A: b\nX-B: c\r\n\r\n", 400),
+    "bare LF after request line": (b"GET /health HTTP/1.1\nHost: localhost\r\n\r\n", 400),
+    "bare CR in value": (GET + b"X-A: b\rX-B: c\r\n\r\n", 400),
+    "NUL in value": (GET + b"X-A: b\x00\r\n\r\n", 400),
+    "no Host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
+    "Host twice": (GET + b"Host: localhost\r\n\r\n", 400),
+    "Content-Length twice": (POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
+    "two lengths": (POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
+    "list of lengths": (POST + b"Content-Length: 2, 2\r\n\r\n{}", 400),
+    "length and chunked": (
+        POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked twice": (
+        CHUNKED[:-2] + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "gzip": (POST + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+    "gzip, chunked": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+    "identity": (POST + b"Transfer-Encoding: identity\r\n\r\n", 501),
+    "almost chunked": (POST + b"Transfer-Encoding: xchunked\r\n\r\n", 501),
+    "vertical tab": (POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", 400),
+    **{f"length {value!r}": (POST + b"Content-Length: " + value + b"\r\n\r\n{}", 400)
+       for value in (b"", b"-2", b"+2", b"2_0", b"0x2", b"2.0", b"2e0", b"2 2", b"\xd9\xa2",
+                     b"\xb2", b"two", b"2;", b"9" * 5000)},
+    "long request line": (
+        b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+    "endless request line": (b"GET /" + b"a" * 70_000, 414),
+    "big field": (GET + b"X-A: " + b"b" * 40_000 + b"\r\n\r\n", 431),
+    "endless field": (GET + b"X-A: " + b"b" * 70_000, 431),
+    "many fields": (GET + b"".join(b"X-%d: a\r\n" % n for n in range(101)) + b"\r\n", 431),
+    **{f"chunk size {line!r}": (CHUNKED + line + b"{}\r\n0\r\n\r\n", 400) for line in (
+        b"\r\n", b" 2\r\n", b"+2\r\n", b"-2\r\n", b"0x2\r\n", b"2_0\r\n", b"g\r\n", b"2\n", b"2\r",
+        b"\xd9\xa2\r\n", b"2;a\nb\r\n", b"2 2\r\n", b"2,\r\n")},
+    "no CRLF after a chunk": (CHUNKED + b"2\r\n{}0\r\n\r\n", 400),
+    "LF after a chunk": (CHUNKED + b"2\r\n{}\n0\r\n\r\n", 400),
+    "chunk longer than its size": (CHUNKED + b"2\r\n{}}\r\n0\r\n\r\n", 400),
+    "many trailer fields": (CHUNKED + b"2\r\n{}\r\n0\r\n" + b"X: a\r\n" * 200 + b"\r\n", 431),
+}
+
+
+@pytest.mark.parametrize("data, status", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_request_gets_one_json_error_and_the_end_of_the_connection(url, data, status):
+    (answer,) = answers(talk(url, data + b"\r\n" + GET + b"\r\n"))
+    assert answer.status == status and answer.error["message"]
+    assert answer.headers["connection"] == "close"
+    assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("field", ["Transfer-Encoding: chunked", "Transfer-Encoding: gzip"])
+def test_a_transfer_coding_in_http_1_0_is_refused_and_nothing_after_it_is_read(url, field):
+    data = request("POST /v1/messages HTTP/1.0", field, "Connection: keep-alive", close=False)
+    (answer,) = answers(talk(url, data + b"0\r\n\r\n" + GET + b"\r\n"))
+    assert answer.status in (400, 501)
+
+
+def test_a_head_of_bare_line_feeds_is_never_answered_as_a_request(url):
+    data = talk(url, b"GET /health HTTP/1.1\nHost: localhost\n\n", end=True)
+    assert all(answer.status == 400 for answer in answers(data))
+
+
+VALID = {
+    "plain": GET + b"Connection: close\r\n\r\n",
+    "blank lines before it": b"\r\n\r\n" + GET + b"Connection: close\r\n\r\n",
+    "no space after colon": b"GET /health HTTP/1.1\r\nHost:localhost\r\nConnection:close\r\n\r\n",
+    "spaces around values": GET + b"Connection: \t close \t\r\n\r\n",
+    "any case": b"GET /health HTTP/1.1\r\nhOST: LocalHost\r\nCONNECTION: Close\r\n\r\n",
+    "empty value": GET + b"X-A:\r\nConnection: close\r\n\r\n",
+    "raw bytes in a value": GET + b"X-A: \xc3\xa9\xff\r\nConnection: close\r\n\r\n",
+    "absolute target": b"GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\n"
+                       b"Connection: close\r\n\r\n",
+    "close among others": GET + b"Connection: x, close\r\n\r\n",
+    "escaped target": b"GET /%68ealth HTTP/1.1\r\nHost: a.localhost\r\nConnection: close\r\n\r\n",
+    "ninety fields": GET + b"".join(b"X-%d: a\r\n" % n for n in range(90))
+                     + b"Connection: close\r\n\r\n",
+    "30 kB head": GET + b"X-A: " + b"b" * 30_000 + b"\r\nConnection: close\r\n\r\n",
+    "HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("data", VALID.values(), ids=VALID)
+def test_a_valid_request_is_answered_and_the_connection_ended_as_asked(url, data):
+    (answer,) = answers(talk(url, data))
+    assert (answer.status, answer.json["status"]) == (200, "ok")
+
+
+BODIES = {
+    "length": POST + b"Content-Length: 17\r\n\r\n" + NO_MESSAGES,
+    "one chunk": CHUNKED + b"11\r\n" + NO_MESSAGES + b"\r\n0\r\n\r\n",
+    "upper case and zeros": CHUNKED.replace(b"chunked", b"Chunked")
+        + b"00011\r\n" + NO_MESSAGES + b"\r\n000\r\n\r\n",
+    "hex and extensions": CHUNKED + b'F;a;b="c d"\r\n' + NO_MESSAGES[:15] + b"\r\n2;x\r\n"
+        + NO_MESSAGES[15:] + b"\r\n0;last\r\n\r\n",
+    "a byte a chunk": CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in NO_MESSAGES)
+        + b"0\r\n\r\n",
+    "trailer fields": CHUNKED + b"11\r\n" + NO_MESSAGES + b"\r\n0\r\nX-A: b\r\nX-B: c\r\n\r\n",
+}
+
+
+def reached(data):
+    (answer,) = answers(data)
+    return answer.status == 400 and answer.error["param"] == "messages"
+
+
+@pytest.mark.parametrize("data", BODIES.values(), ids=BODIES)
+def test_a_body_is_read_whole_in_one_piece_and_byte_by_byte(url, data):
+    assert reached(talk(url, data))
+    sock = http_connect(url)
+    for at in range(len(data)):
+        sock.sendall(data[at:at + 1])
+    assert reached(read_all(sock))
+
+
+@pytest.mark.parametrize("name", ["length", "hex and extensions", "trailer fields"])
+def test_a_request_cut_in_two_anywhere_is_the_same_request(url, name):
+    def cut(at):
+        sock = http_connect(url, BODIES[name][:at])
+        time.sleep(0.02)
+        sock.sendall(BODIES[name][at:])
+        return reached(read_all(sock))
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(cut, range(1, len(BODIES[name]))))
+
+
+def test_the_parser_reads_fields_case_and_length_from_a_head():
+    found = ccproxy.parse_head(b"POST /a%20b?c=d HTTP/1.1\r\nHOST: x\r\nX-A: 1\r\nx-a: 2\r\n"
+                               b"Content-Length: 012\r\n\r\n")
+    assert (found.method, found.path, found.length) == ("POST", "/a b", 12)
+    assert found.headers["x-a"] == "1, 2" and found.keep_alive
+
+
+def test_expect_100_continue_is_answered_before_the_body_is_sent(url):
+    sock = http_connect(url, POST + b"Expect: 100-continue\r\nContent-Length: 17\r\n\r\n")
+    assert sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    sock.sendall(NO_MESSAGES)
+    assert reached(read_all(sock))
+
+
+@pytest.mark.parametrize("data, status", [
+    (POST + b"Content-Length: 999999\r\n", 413),
+    (POST.replace(b"application/json", b"text/plain") + b"Content-Length: 17\r\n", 415),
+    (POST.replace(b"/v1/", b"/no/such/") + b"Content-Length: 17\r\n", 404)])
+def test_a_refused_request_is_not_told_to_continue(url, data, status):
+    said = talk(url, data + b"Expect: 100-continue\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 %d " % status) and answers(said)[0].status == status
+
+
+@pytest.mark.parametrize("data", [
+    POST + b"Content-Length: 200001\r\n\r\n", POST + b"Content-Length: 999999999999\r\n\r\n",
+    CHUNKED + b"fffffff\r\n", CHUNKED + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 4,
+    POST + b"Content-Length: 3000000\r\n\r\n" + b" " * 3000000],
+    ids=["length", "huge length", "chunk size", "sum of chunks", "all sent"])
+@both_dialects
+def test_a_body_over_the_limit_gets_413_without_being_waited_for(url, data, dialect):
+    sock = http_connect(url)
+    with contextlib.suppress(ConnectionError):
+        sock.sendall(data.replace(PATHS_HTTP["chat"].encode(), PATHS_HTTP[dialect].encode()))
+    (answer,) = answers(read_all(sock))
+    assert answer.status == 413 and "200000" in answer.error["message"]
+    if dialect == "messages":
+        assert answer.error["type"] == "request_too_large"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", *PATHS_HTTP.values(),
+                                  "/v1/messages/count_tokens"])
+def test_head_and_options_work_on_every_route(url, path):
+    head, options = (talk(url, request(f"{verb} {path}")) for verb in ("HEAD", "OPTIONS"))
+    assert head.startswith(b"HTTP/1.1 200 ") and head.endswith(b"\r\n\r\n")
+    assert options.startswith(b"HTTP/1.1 204 ") and options.endswith(b"\r\n\r\n")
+    allowed = answers(options)[0].headers["allow"].split(", ")
+    assert {"HEAD", "OPTIONS"} < set(allowed) and b"\r\nContent-Length" not in options
+
+
+def test_head_has_the_fields_of_get_and_options_takes_a_star(url):
+    head, get = (answers(talk(url, request(f"{verb} /health")))[0] for verb in ("HEAD", "GET"))
+    assert head.headers["content-length"] == get.headers["content-length"] != "0"
+    assert ask(url, "OPTIONS *").status == 204
+
+
+def test_pipelined_requests_are_answered_in_order_on_one_connection(url):
+    data = (request("GET /health", close=False) + request("POST /v1/messages", body={}, close=False)
+            + request("POST /v1/messages", "Transfer-Encoding: chunked",
+                      "Content-Type: application/json", close=False) + b"2\r\n{}\r\n0\r\n\r\n"
+            + request("HEAD /health", "X-Request-Id: last"))
+    found = answers(talk(url, data))
+    assert [answer.status for answer in found] == [200, 400, 400, 200]
+    assert [answer.headers["connection"] for answer in found] == ["keep-alive"] * 3 + ["close"]
+    assert found[-1].headers["x-request-id"] == "last"
+
+
+@whole_and_streamed
+def test_a_connection_serves_another_request_after_an_answer(url, stream):
+    data = request("POST /v1/chat/completions", body=question("hi", stream=stream), close=False)
+    first, second, third = answers(talk(url, data + data + request("GET /health")))
+    assert b"hi" in first.body and b"hi" in second.body and third.json == {"status": "ok"}
+
+
+@pytest.mark.parametrize("version, field, kept", [
+    ("1.1", "X-A: b", True), ("1.1", "Connection: close", False),
+    ("1.1", "Connection: Keep-Alive", True), ("1.0", "X-A: b", False),
+    ("1.0", "Connection: keep-alive", True), ("1.0", "Connection: close", False)])
+def test_the_connection_stays_open_as_version_and_client_say(url, version, field, kept):
+    first = request(f"GET /health HTTP/{version}", field, close=False)
+    found = answers(talk(url, first + request("GET /health")))
+    assert len(found) == 1 + kept
+    assert found[0].headers["connection"] == ("keep-alive" if kept else "close")
+
+
+def test_a_stream_to_http_1_0_is_not_chunked_and_ends_with_the_connection(url):
+    data = request("POST /v1/chat/completions HTTP/1.0", "Connection: keep-alive",
+                   body=question("hi there", stream=True), close=False)
+    (answer,) = answers(talk(url, data))
+    assert "transfer-encoding" not in answer.headers and answer.headers["connection"] == "close"
+    assert frames(answer.body)[-1] == (None, "[DONE]")
+
+
+def test_stream_heads_forbid_buffering_and_caching(url):
+    headers = http_post(url, "hi", stream=True).headers
+    assert headers["content-type"].startswith("text/event-stream")
+    assert headers["x-accel-buffering"] == "no" and headers["cache-control"] == "no-cache"
+    assert headers["transfer-encoding"] == "chunked" and headers["x-request-id"]
+
+
+@pytest.mark.parametrize("sent, echoed", [("abc-1.2", True), ("a b", False), ("x" * 300, False),
+                                          ("é", False)])
+def test_a_request_id_is_echoed_if_it_is_harmless_else_made(url, sent, echoed):
+    headers = ask(url, "GET /health", f"X-Request-Id: {sent}").headers
+    assert (headers["x-request-id"] == sent) == echoed
+    assert headers["request-id"] == headers["x-request-id"] != ""
+
+
+def test_a_client_that_ended_its_side_still_gets_whole_and_streamed_answers(tmp_path):
+    words = "/slow " + "a " * 20                    # over 2 s
+    with serving(tmp_path) as base:
+        jobs = [lambda start=start, stream=stream: answers(talk(base, request(
+            start, body=question(words, stream=stream)), end=True))[-1]
+            for start in ("POST /v1/messages", "POST /v1/messages HTTP/1.0")
+            for stream in (False, True)]
+        whole, streamed, old, old_streamed = together(*jobs)
+    assert whole.text.split() == old.text.split() == words.split()
+    for answer in (streamed, old_streamed):
+        assert frames(answer.body)[-1][0] == "message_stop"
+        assert answer.body.count(b"text_delta") >= 20
+
+
+def rss_mb(pid):
+    told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
+    return int(told.stdout) / 1024
+
+
+def test_a_reader_that_stops_reading_costs_little_memory_and_then_gets_everything(tmp_path):
+    with command(tmp_path, "--warm", "1", "--quiet") as proxy:
+        http_post(proxy.url, "hi")
+        before = rss_mb(proxy.process.pid)
+        sock = http_connect(proxy.url, request("POST /v1/chat/completions", body=question(
+            "/long 24000", stream=True)), rcvbuf=4096)
+        most = 0.0
+        for _ in range(12):
+            time.sleep(0.1)
+            most = max(most, rss_mb(proxy.process.pid))
+        assert ask(proxy.url, "GET /health").status == 200
+        assert most - before < 25
+        (answer,) = answers(read_all(sock))
+    texts = re.findall(rb'"content":" ?(word\d+)"', answer.body)
+    assert texts == [b"word%d" % n for n in range(24_000)]
+    assert answer.body.endswith(b"data: [DONE]\n\n")
+
+
+def test_500_idle_connections_do_not_keep_others_out(url):
+    try:
+        idle = [http_connect(url, b"GET /hea" * (n % 2)) for n in range(500)]
+    except OSError as exc:
+        pytest.skip(f"this machine allows too few files: {exc}")
+    try:
+        assert ask(url, "GET /health").status == 200
+        idle[0].sendall(request("GET /health"))
+        idle[1].sendall(request("GET /health")[len("GET /hea"):])
+        assert [answers(read_all(sock))[0].status for sock in idle[:2]] == [200, 200]
+    finally:
+        for sock in idle:
+            sock.close()
+
+
+def test_connections_over_the_limit_are_refused_politely(tmp_path):
+    with serving(tmp_path, max_connections=8) as base:
+        idle = [http_connect(base) for _ in range(8)]
+        assert until(lambda: b" 503 " in talk(base, request("GET /health")))
+        (answer,) = answers(talk(base, request("GET /health")))
+        assert answer.status == 503 and answer.headers["retry-after"]
+        for sock in idle:
+            sock.close()
+        assert until(lambda: b" 200 " in talk(base, request("GET /health")))
+
+
+def hang_up(sock, how):
+    if how == "reset":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+@whole_and_streamed
+def test_the_process_of_a_client_that_is_gone_is_gone_within_2_s(tmp_path, stream, how):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path) as base:
+        sock = http_connect(base, request("POST /v1/messages", body=question(
+            "/slow " + "a " * 300, stream=stream)))
+        assert until(lambda: fake.pids)
+        time.sleep(0.3)
+        hang_up(sock, how)
+        assert gone(fake.pids)
+
+
+# -- bodies
+
+NOT_JSON = {
+    "nothing": b"", "cut off": b'{"model": "echo"', "array": b"[]", "null": b"null", "text": b'"x"',
+    "number": b"5", "two objects": b"{}{}", "single quotes": b"{'model': 'echo'}",
+    "bad UTF-8": b'{"model": "\xff\xfe"}', "UTF-16": '{"model": "echo"}'.encode("utf-16"),
+    "surrogate bytes": b'{"model": "\xed\xa0\x80"}', "control byte": b'{"model": "a\x01"}',
+    "NaN": b'{"temperature": NaN}', "Infinity": b'{"a": [-Infinity]}', "1e400": b'{"a": 1e400}',
+    "-1e400": b'{"a": -1e400}', "5000 digits": b'{"a": ' + b"1" * 5000 + b"}",
+    "depth bomb": b"[" * 100_000, "object bomb": b'{"a":' * 30_000,
+    "closed bomb": b'{"a":' + b"[" * 90_000 + b"]" * 90_000 + b"}",
+}
+
+
+@both_dialects
+@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON)
+def test_a_body_that_is_no_json_object_gets_400_in_the_dialects_envelope(url, dialect, body):
+    answer = ask(url, f"POST {PATHS_HTTP[dialect]}", body=body)
+    assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
+    assert "body" in answer.error["message"] or "JSON" in answer.error["message"]
+    assert (answer.json.get("type") == "error") == (dialect == "messages")
+
+
+def image(value):
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": value}]}]
+
+
+def http_said(content):
+    return [{"role": "user", "content": content}]
+
+
+def called(calls):
+    return [*http_said("hi"), {"role": "assistant", "tool_calls": calls}, *http_said("go on")]
+
+
+SHARED_FIELDS = [
+    ("model", 5), ("model", None), ("model", ["echo"]), ("messages", None), ("messages", "hi"),
+    ("messages", {}), ("messages", []), ("messages", 5), ("messages", [5]), ("messages", [None]),
+    ("messages", [{}]), ("messages", [{"role": 5, "content": "hi"}]),
+    ("messages", [{"role": "pope", "content": "hi"}]), ("messages", http_said(5)),
+    ("messages", http_said({})), ("messages", http_said("")), ("messages", http_said([])), ("messages", http_said([5])),
+    ("messages", http_said([{}])), ("messages", http_said([{"type": 5}])),
+    ("messages", http_said([{"type": "hologram"}])), ("messages", http_said([{"type": "text"}])),
+    ("messages", http_said([{"type": "text", "text": 5}])),
+    ("messages", [*http_said("hi"), {"role": "assistant", "content": "prefill"}]),
+    ("stream", "yes"), ("stream", 1), ("stream", []), ("temperature", "hot"), ("temperature", True),
+    ("temperature", -0.1), ("temperature", 2.1), ("temperature", []),
+    ("top_p", "x"), ("top_p", 1.1), ("top_p", {}),
+    ("max_tokens", "many"), ("max_tokens", 0), ("max_tokens", -1),
+    ("max_tokens", 1.5), ("max_tokens", True), ("tools", {}), ("tools", "x"), ("tools", [5]),
+    ("tools", [None]), ("tool_choice", 5), ("tool_choice", []), ("tool_choice", "sometimes"),
+    ("tool_choice", {"type": 5}), ("tool_choice", {"type": "zap"}),
+    ("tool_choice", {"type": "tool", "name": "absent"}),
+]
+MESSAGES_FIELDS = SHARED_FIELDS + [
+    ("system", 5), ("system", {}), ("system", [5]), ("system", [{"type": "text", "text": 5}]),
+    ("top_k", "x"), ("top_k", 1.5), ("top_k", -1), ("stop_sequences", "END5"[:0] or 5),
+    ("stop_sequences", {}), ("stop_sequences", [5]), ("thinking", "on"), ("thinking", []),
+    ("thinking", {"type": "maybe"}), ("thinking", {"type": "enabled"}),
+    ("thinking", {"type": "enabled", "budget_tokens": "x"}),
+    ("thinking", {"type": "enabled", "budget_tokens": 5}), ("output_config", 5),
+    ("output_config", {"effort": 5}), ("output_config", {"effort": "huge"}),
+    ("output_config", {"format": 5}), ("output_config", {"format": {"type": "json_schema"}}),
+    ("output_format", 5), ("output_format", {"type": "json_schema", "schema": 5}),
+    ("tools", [{"name": 5, "input_schema": {}}]), ("tools", [{"name": "", "input_schema": {}}]),
+    ("tools", [{"name": "a", "input_schema": 5}]),
+    ("tools", [{"name": "a", "input_schema": {}, "description": 5}]),
+    ("tools", [{"name": "a", "input_schema": {}}] * 2), ("thread", {"type": "create"}),
+    *[("messages", http_said([{"type": "image", "source": source}])) for source in (
+        None, 5, {}, {"type": "tape"}, {"type": "base64"}, {"type": "url", "url": 5},
+        {"type": "url", "url": "file:///etc/passwd"},
+        {"type": "base64", "media_type": "image/png", "data": "@@"},
+        {"type": "base64", "media_type": 5, "data": "QUJD"})],
+    *[("messages", http_said([{"type": "document", "source": source}])) for source in (
+        {"type": "text"}, {"type": "text", "data": 5}, {"type": "content", "content": 5})],
+    *[("messages", http_said([{"type": "tool_result", **more}])) for more in (
+        {}, {"tool_use_id": 5}, {"tool_use_id": "absent"}, {"tool_use_id": "a", "content": 5})],
+    *[("messages", [*http_said("hi"), {"role": "assistant", "content": [{"type": "tool_use", **more}]},
+                    *http_said("go on")]) for more in (
+        {}, {"id": 5, "name": "a", "input": {}}, {"id": "a", "name": 5, "input": {}},
+        {"id": "a", "name": "a", "input": "x"})],
+    ("messages", [*http_said("hi"), {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": 5, "signature": "x"}]}, *http_said("go on")]),
+]
+CHAT_FIELDS = SHARED_FIELDS + [
+    ("n", "two"), ("n", 2), ("n", -1), ("n", 1.5), ("n", True), ("stop", 5), ("stop", [5]),
+    ("stop", {}), ("max_completion_tokens", "x"), ("max_completion_tokens", 0),
+    ("stream_options", 5), ("stream_options", []), ("stream_options", {"include_usage": "yes"}),
+    ("parallel_tool_calls", "no"), ("parallel_tool_calls", 0), ("reasoning_effort", 5),
+    ("reasoning_effort", "huge"), ("response_format", 5), ("response_format", "json"),
+    ("response_format", {}), ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": 5}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}}),
+    ("response_format", {"type": "json_schema", "json_schema": {
+        "name": "a", "schema": {"type": "array"}}}),
+    *[("tools", [{"type": "function", "function": value}]) for value in (
+        5, {}, {"name": 5}, {"name": "a", "parameters": 5}, {"name": "a", "parameters": []},
+        {"name": "a", "description": 5})],
+    ("tool_choice", {"type": "function"}), ("tool_choice", {"type": "function", "function": {}}),
+    ("functions", 5), ("functions", [5]), ("functions", [{"name": 5}]), ("function_call", 5),
+    *[("messages", image(value)) for value in (
+        None, 5, {}, {"url": 5}, "", "ftp://example/a.png", "data:image/png;base64,@@",
+        "data:image/tiff;base64,QUJD", "data:image/png,plain")],
+    *[("messages", http_said([{"type": "file", "file": value}])) for value in (
+        5, {}, {"file_data": 5}, {"file_id": "file_1"}, {"file_data": "data:a/b;base64,QUJD"})],
+    *[("messages", called(value)) for value in (
+        5, {}, [5], [{}], [{"id": "a", "function": 5}], [{"id": 5, "function": {"name": "a"}}],
+        [{"id": "a", "function": {"name": 5}}],
+        [{"id": "a", "function": {"name": "a", "arguments": 5}}],
+        [{"id": "a", "function": {"name": "a", "arguments": "{}"}}])],
+    ("messages", [{"role": "tool", "content": "x"}]),
+    ("messages", [*http_said("hi"), {"role": "tool", "tool_call_id": 5, "content": "x"}]),
+    ("messages", [*http_said("hi"), {"role": "tool", "tool_call_id": "absent", "content": "x"}]),
+    ("messages", [{"role": "system", "content": 5}, *http_said("hi")]),
+]
+WRONG = [("messages", *row) for row in MESSAGES_FIELDS] + [("chat", *row) for row in CHAT_FIELDS]
+
+
+@pytest.mark.parametrize("dialect, field, value", WRONG,
+                         ids=[f"{d}-{f}-{json.dumps(v)[:90]}" for d, f, v in WRONG])
+def test_a_field_of_a_wrong_type_gets_400_that_names_the_field(url, dialect, field, value):
+    answer = http_post(url, "hi", dialect, **{field: value})
+    assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
+    assert field in answer.error["message"]
+    if dialect == "chat":
+        assert re.split(r"[.\[]", answer.error["param"])[0] == field
+
+
+@pytest.mark.parametrize("body", [
+    question("\ud800 lone"), question(http_said([{"type": "text", "text": "\udfff"}])),
+    question("hi", seed=10**400, metadata={"a": None}, store=True, user=5, unknown=[{}])],
+    ids=["lone surrogate", "in a part", "unknown fields"])
+@both_dialects
+def test_odd_but_valid_bodies_are_answered(url, dialect, body):
+    answer = ask(url, f"POST {PATHS_HTTP[dialect]}", body=body)
+    assert answer.status == 200 and answer.text == (
+        body["messages"][0]["content"] if isinstance(body["messages"][0]["content"], str)
+        else "\udfff")
+
+
+@pytest.mark.parametrize("depth", [300, 900, 5000])
+def test_a_deeply_nested_tool_schema_is_served_or_refused_but_breaks_nothing(url, depth):
+    schema = b'{"not":' * depth + b"{}" + b"}" * depth
+    body = (b'{"model": "echo", "messages": [{"role": "user", "content": "hi"}], "tools": '
+            b'[{"name": "a", "input_schema": ' + schema + b"}]}")
+    assert ask(url, "POST /v1/messages", body=body).status in (200, 400)
+
+
+@pytest.mark.parametrize("kind, status", [
+    ("application/json", 400), ("Application/JSON ; charset=utf-8", 400), ("text/plain", 415),
+    ("application/x-www-form-urlencoded", 415), ("multipart/form-data", 415), ("", 415),
+    ("application/json-patch+json", 415), ("text/plain, application/json", 415)])
+@both_dialects
+def test_only_application_json_is_read(url, dialect, kind, status):
+    answer = ask(url, f"POST {PATHS_HTTP[dialect]}", f"Content-Type: {kind}", body=NO_MESSAGES)
+    assert answer.status == status and answer.error["message"]
+    assert answer.error["type"] == "invalid_request_error"
+
+
+# == (b) access and routes =========================================================================
+
+PORT = "PORT"
+
+
+def with_port(text, url):
+    return text.replace(PORT, url.rpartition(":")[2])
+
+
+@pytest.mark.parametrize("host, status", [
+    ("localhost", 200), ("localhost:PORT", 200), ("LOCALHOST:1", 200), ("127.0.0.1", 200),
+    ("127.0.0.1:PORT", 200), ("[::1]", 200), ("[::1]:PORT", 200), ("localhost.", 200),
+    ("proxy.example", 200), ("Proxy.Example:9", 200), ("", 403), ("evil.example", 403),
+    ("evil.example:PORT", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403),
+    ("evil.proxy.example", 403), ("localhost@evil.example", 403), ("localhost:1:2", 403),
+    ("localhost, evil.example", 403), ("192.0.2.1", 403), ("0.0.0.0", 403), ("*", 403),
+    ("2130706433", 403), ("[::1", 403), ("evil.example/localhost", 403)])
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+def test_only_loopback_and_configured_hosts_are_answered(guarded, host, status, path):
+    answer = ask(guarded, f"GET {path}", "Host: " + with_port(host, guarded), KEY)
+    assert answer.status == status or (status == 403 and answer.status == 400)
+    assert status == 200 or answer.error["message"]
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    with ccproxy.running(claude="echo", warm=0, api_key="sk-tést", allow_hosts=["proxy.example"],
+                         allow_origins=["https://app.example", "http://localhost:3000/"],
+                         state_dir=str(tmp_path_factory.mktemp("state"))) as base:
+        ask(base, "GET /v1/models", KEY)            # once: later ones need no process
+        yield base
+
+
+KEY = "Authorization: Bearer sk-tést"               # sent as UTF-8
+
+
+@pytest.mark.parametrize("target, host, status", [
+    ("http://localhost/health", "evil.example", 200),
+    ("http://evil.example/health", "localhost", 403),
+    ("http://localhost@evil.example/health", "localhost", 403)])
+def test_the_authority_of_an_absolute_target_counts_as_the_host(url, target, host, status):
+    assert ask(url, f"GET {target}", f"Host: {host}").status == status
+
+
+@pytest.mark.parametrize("origin, status", [
+    ("http://evil.example", 403), ("null", 403), ("", 403), ("http://localhost:1", 403),
+    ("https://app.example.evil.example", 403), ("https://app.example:444", 403),
+    ("http://app.example", 403), ("https://app.example", 200), ("https://APP.example", 200),
+    ("http://localhost:3000", 200), ("http://127.0.0.1:PORT", 200)])
+def test_only_configured_origins_and_our_own_page_may_call(guarded, origin, status):
+    origin = with_port(origin, guarded)
+    answer = ask(guarded, "GET /v1/models", "Host: " + guarded[7:], f"Origin: {origin}", KEY)
+    assert answer.status == status
+    told = answer.headers.get("access-control-allow-origin")
+    assert told == (origin if status == 200 and guarded not in origin else None)
+    assert told is None or answer.headers["vary"].lower() == "origin"
+
+
+def test_a_preflight_of_a_configured_origin_needs_no_key_and_allows_what_clients_send(guarded):
+    wish = "authorization, content-type, x-api-key, x-stainless-os"
+    answer = ask(guarded, "OPTIONS /v1/chat/completions", "Origin: https://app.example",
+                 "Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {wish}")
+    told = {k[len("access-control-"):]: v for k, v in answer.headers.items()
+            if k.startswith("access-control-")}
+    assert answer.status == 204 and told["allow-origin"] == "https://app.example"
+    assert "POST" in told["allow-methods"]
+    assert {w.strip() for w in told["allow-headers"].split(",")} == set(wish.split(", "))
+
+
+def test_a_preflight_of_another_origin_is_refused(guarded):
+    answer = ask(guarded, "OPTIONS /v1/messages", "Origin: http://evil.example",
+                 "Access-Control-Request-Method: POST")
+    assert answer.status == 403
+    assert not any(name.startswith("access-control-") for name in answer.headers)
+
+
+def test_a_page_of_a_configured_origin_can_read_errors(guarded):
+    for path in ("/v1/models", "/no/such"):
+        answer = ask(guarded, f"GET {path}", "Origin: https://app.example")
+        assert answer.status in (401, 404)
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+
+
+@pytest.mark.parametrize("field, good", [
+    (KEY, True), ("Authorization: bearer sk-tést", True), ("x-api-key: sk-tést", True),
+    ("Authorization: Bearer  sk-tést", True), ("X-A: b", False), ("Authorization: Bearer", False),
+    ("Authorization: Bearer sk-test", False), ("Authorization: Basic sk-tést", False),
+    ("Authorization: sk-tést", False), ("x-api-key:", False), ("x-api-key: sk-tést2", False),
+    ("x-api-key: sk-tés", False), ("x-api-key: ключ", False),
+    ("Authorization: Bearer ключ", False)])
+@both_dialects
+def test_only_the_key_opens_the_api(guarded, dialect, field, good):
+    answer = ask(guarded, f"POST {PATHS_HTTP[dialect]}", field, body=NO_MESSAGES)
+    assert answer.status == (400 if good else 401)
+    if not good:
+        assert "sk-t" not in answer.body.decode() and answer.headers["www-authenticate"]
+        assert answer.error["type"] == "authentication_error" and answer.error["message"]
+        assert dialect == "messages" or answer.error["code"] == "invalid_api_key"
+        assert dialect == "chat" or answer.json["type"] == "error"
+
+
+def test_a_good_key_beside_a_bad_one_opens_the_api(guarded):
+    assert ask(guarded, "GET /v1/models", "x-api-key: sk-tést", "Authorization: Bearer x"
+               ).status == 200
+
+
+@pytest.mark.parametrize("start, status", [
+    ("GET /health", 200), ("GET /healthz", 200), ("GET /readyz", 200), ("HEAD /health", 200),
+    ("GET /status", 401), ("GET /v1/models", 401), ("GET /v1/models/echo", 401),
+    ("HEAD /v1/messages", 401), ("POST /v1/messages/count_tokens", 401)])
+def test_only_health_routes_are_open_without_the_key(guarded, start, status):
+    assert answers(talk(guarded, request(start).replace(b"localhost", b"127.0.0.1")))[0].status \
+        == status
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_listening_beyond_loopback_without_a_key_is_refused_in_one_line(host, capsys, tmp_path,
+                                                                         monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ccproxy.main(["--host", host, "--port", "0", "--claude", "echo"]) == 2
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1 and "key" in err and not out
+
+
+def test_listening_beyond_loopback_with_a_key_answers_to_its_own_address(tmp_path):
+    with serving(tmp_path, host="0.0.0.0", api_key="k") as base:
+        assert base.startswith("http://127.0.0.1:")
+        assert ask(base, "GET /health", "Host: evil.example").status == 403
+        assert ask(base, "GET /v1/models", "Host: 127.0.0.1").status == 401
+
+
+CHAT_URLS = ["/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions",
+             "/v1/chat/completions/", "/chat/v1/chat/completions", "/chat/chat/completions",
+             "/v1/chat/completions?beta=true", "/v1/chat/completions/?a=b",
+             "/v1/chat/completions/chat/completions", "/chat/completions/chat/completions",
+             "/v1/chat/completions/v1/chat/completions", "//v1/chat/completions"]
+MESSAGES_URLS = ["/v1/messages", "/messages", "/v1/v1/messages", "/v1/messages/",
+                 "/chat/v1/messages", "/chat/messages", "/v1/messages?beta=true",
+                 "/v1/messages/v1/messages", "/v1/chat/completions/v1/messages"]
+COUNT_URLS = ["/v1/messages/count_tokens", "/v1/messages/count_tokens?beta=true",
+              "/messages/count_tokens/", "/chat/v1/messages/count_tokens",
+              "/v1/v1/messages/count_tokens"]
+
+
+@pytest.mark.parametrize("path, dialect", [(p, "chat") for p in CHAT_URLS] + [
+    (p, "messages") for p in MESSAGES_URLS + COUNT_URLS])
+def test_base_urls_given_in_any_way_reach_their_route(url, path, dialect):
+    answer = ask(url, f"POST {path}", body=NO_MESSAGES)
+    assert answer.status == 400 and "messages" in answer.error["message"]
+    assert ("param" in answer.error) == (dialect == "chat")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/models", "/models/", "/v1/v1/models?limit=1000",
+                                  "/chat/v1/models", "/v1/chat/completions/models",
+                                  "/v1/models/echo", "/models/echo", "/status", "/chat/status",
+                                  "/v1/status", "/health", "/v1/health", "/chat/healthz"])
+def test_what_is_read_is_found_under_every_base(guarded, path):
+    assert ask(guarded, f"GET {path}", KEY).status == 200
+
+
+@pytest.mark.parametrize("path", ["/no/such", "/v1/chat", "/v1/messages/other",
+                                  "/v1/models/absent", "/../etc/passwd", "/%2e%2e/etc/passwd",
+                                  "/favicon.ico", "/v2/messages", "/<script>", "/%00",
+                                  "/%ff", "/v1/messagesx", "/healthx"])
+@pytest.mark.parametrize("verb", ["GET", "POST"])
+def test_unknown_routes_get_404_in_json(guarded, path, verb):
+    if verb == "POST" and "absent" in path:
+        path = "/v1/nothing"
+    answer = ask(guarded, f"{verb} {path}", KEY, **({"body": {}} if verb == "POST" else {}))
+    assert answer.status == 404 and answer.headers["content-type"] == "application/json"
+    assert answer.json["type"] == "error" and answer.error["message"]
+
+
+@pytest.mark.parametrize("start, allowed", [
+    ("GET /v1/messages", "POST"), ("GET /v1/chat/completions", "POST"),
+    ("DELETE /v1/chat/completions", "POST"), ("PUT /v1/messages/count_tokens", "POST"),
+    ("POST /health", "GET"), ("PATCH /v1/models", "GET"), ("POST /v1/models/echo", "GET"),
+    ("BREW /health", "GET")])
+def test_a_wrong_method_gets_405_with_the_allowed_ones(url, start, allowed):
+    answer = ask(url, start)
+    assert answer.status == 405 and allowed in answer.headers["allow"].split(", ")
+    assert answer.error["message"] and start.split()[0] not in answer.headers["allow"].split(", ")
+
+
+# == (c) settings and command line =================================================================
+
+def test_the_proxy_says_one_line_with_base_urls_and_logs_one_line_a_request(tmp_path):
+    with command(tmp_path, "--warm", "0") as proxy:
+        assert f"OPENAI_BASE_URL={proxy.url}/v1" in proxy.banner
+        one = http_post(proxy.url, "hi there", "messages", fields=["X-Request-Id: first-one"])
+        http_post(proxy.url, "hi\nthere", stream=True)
+        http_post(proxy.url, "/error 429", model="a\x1b[2Jb")
+        ask(proxy.url, "GET /health")
+        ask(proxy.url, "POST /no/such", "X-Api-Key: hidden-key", body={})
+        talk(proxy.url, b"nonsense\r\n\r\n")
+        proxy.process.send_signal(signal.SIGTERM)
+        assert proxy.process.wait(5) == 0 and proxy.process.stdout.read() == ""
+    words = proxy.log[0].split()
+    usage = one.json["usage"]
+    assert "POST /v1/messages echo 200 first" in proxy.log[0] and "total" in words
+    assert re.search(rf"in {usage['input_tokens']} out {usage['output_tokens']} ", proxy.log[0])
+    assert words[-1] == "first-one" and "$0" in proxy.log[0]
+    assert [re.search(r" (\d{3}) ", line).group(1) for line in proxy.log] == [
+        "200", "200", "429", "200", "404", "400"]
+    assert "\x1b" not in "".join(proxy.log) and "hidden-key" not in "".join(proxy.log)
+
+
+def test_help_names_every_option_with_its_default_and_environment_name(tmp_path):
+    told = run(tmp_path, "--help", COLUMNS="200")
+    assert told.returncode == 0
+    for name, default in vars(ccproxy.Settings()).items():
+        assert f"--{name.replace('_', '-')}" in told.stdout
+        assert f"CCPROXY_{name.upper()}" in told.stdout
+        assert default in ("", [], {}) or f"default {default}" in told.stdout
+    for word in ("doctor", "version", "curl", "ANTHROPIC_BASE_URL", "--claude echo", "/slow"):
+        assert word in told.stdout
+
+
+def test_a_port_in_use_is_told_in_one_line_with_exit_code_1(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        told = run(tmp_path, "--port", port, "--claude", "echo", "--state-dir", str(tmp_path))
+    assert told.returncode == 1 and told.stdout == ""
+    assert len(told.stderr.splitlines()) == 1 and port in told.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_ends_all_processes_and_exits_with_0(tmp_path, number):
+    fake = noted_stand_in(tmp_path)
+    with command(tmp_path, "--warm", "2", claude=fake.path) as proxy:
+        http_post(proxy.url, "hi")
+        assert until(lambda: len(fake.pids) >= 2)
+        proxy.process.send_signal(number)
+        assert proxy.process.wait(5) == 0
+        assert not any(map(alive, fake.pids))
+    assert not any("Traceback" in line for line in proxy.log)
+
+
+def test_the_processes_of_a_killed_proxy_are_gone_within_2_s(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with command(tmp_path, "--warm", "1", claude=fake.path) as proxy:
+        http_post(proxy.url, "hi")                                               # one idle
+        busy = http_connect(proxy.url, request("POST /v1/messages", body=question(
+            "/slow " + "a " * 200, stream=True)))
+        assert busy.recv(10) and until(lambda: len(fake.pids) >= 2)
+        proxy.process.kill()
+        assert gone(fake.pids)
+        busy.close()
+
+
+def test_doctor_is_content_with_the_stand_in(tmp_path):
+    told = run(tmp_path, "doctor", "--deep", "--claude", "echo", "--state-dir", str(tmp_path))
+    assert told.returncode == 0 and "FAIL" not in told.stdout
+    for word in ("Python 3", "claude", "login", "models", "Answer: yes"):
+        assert word in told.stdout
+
+
+@pytest.mark.parametrize("code, words", [
+    ("VERSION = '2.1.0 (Claude Code)'", ["2.1.0", ccproxy.INSTALL + "@latest"]),
+    ("VERSION = 'hello'", [ccproxy.INSTALL + "@latest"]),
+    ("ACCOUNT = {}", ["logged in", "next: claude auth login"]),
+    ("def on_start():\n    sys.exit('no licence')", ["no licence", "next: claude"])],
+    ids=["old", "no version", "no login", "dies"])
+def test_doctor_fails_with_the_next_command_if_a_request_would(tmp_path, code, words):
+    told = run(tmp_path, "doctor", "--warm", "0", "--claude", cli(tmp_path, code).path,
+               "--state-dir", str(tmp_path))
+    assert told.returncode == 1 and "FAIL" in told.stdout and "Traceback" not in told.stderr
+    assert all(word in told.stdout for word in words)
+
+
+def test_version_is_printed(tmp_path):
+    assert run(tmp_path, "version").stdout.strip() == ccproxy.__version__
+
+
+@pytest.fixture
+def bare_machine(tmp_path, monkeypatch):
+    """No PATH, an empty home."""
+    for place in ("/opt/homebrew/bin/claude", "/usr/local/bin/claude"):
+        if os.path.exists(place):
+            pytest.skip(f"{place} is there")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CCPROXY_CLAUDE", raising=False)
+
+
+def check_unavailable(base, *words):
+    assert ask(base, "GET /health").status == 200
+    found = [ask(base, "GET /readyz"), ask(base, "GET /v1/models"),
+             *(http_post(base, "hi", dialect, stream=True) for dialect in PATHS_HTTP)]
+    assert [answer.status for answer in found] == [503] * 4
+    for answer in found:
+        assert all(word in answer.error["message"] for word in words)
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+def test_without_a_cli_everything_but_health_says_how_to_install_it(tmp_path, bare_machine, warm):
+    with serving(tmp_path, claude="", warm=warm) as base:
+        check_unavailable(base, ccproxy.INSTALL)
+
+
+@pytest.mark.parametrize("version, words", [
+    ("2.1.0 (Claude Code)", ["2.1.0", "2.1.110"]), ("2.1.109 (Claude Code)", ["2.1.109"]),
+    ("1.9.999 (Claude Code)", ["1.9.999"]), ("", [])])
+def test_a_cli_older_than_the_floor_is_not_used_and_the_upgrade_named(tmp_path, version, words):
+    fake = cli(tmp_path, f"VERSION = {version!r}")
+    with serving(tmp_path, claude=fake.path) as base:
+        check_unavailable(base, ccproxy.INSTALL + "@latest", *words)
+    assert fake.pids == []
+
+
+@pytest.mark.parametrize("version", ["2.1.110 (Claude Code)", "2.2.0 (Claude Code)", "10.0.0"])
+def test_a_cli_from_the_floor_on_is_used(tmp_path, version):
+    with serving(tmp_path, claude=cli(tmp_path, f"VERSION = {version!r}").path) as base:
+        assert ask(base, "GET /readyz").json["claude"] == version.split()[0]
+
+
+@pytest.mark.parametrize("place", [".claude/local", ".local/bin", ".npm-global/bin", ".bun/bin",
+                                   ".volta/bin"])
+def test_the_cli_is_found_where_installers_put_it(tmp_path, bare_machine, place):
+    cli(tmp_path / place)
+    with serving(tmp_path, claude="") as base:
+        assert ask(base, "GET /readyz").json["claude"] == "2.1.330"
+
+
+def test_the_path_comes_before_the_usual_places_and_the_flag_before_both(
+        tmp_path, bare_machine, monkeypatch):
+    first, second, third = (cli(tmp_path / place, f"VERSION = '2.1.{n}'") for n, place in (
+        (333, "flag"), (332, "path"), (331, ".local/bin")))
+    for settings, path, version in (({"claude": first.path}, tmp_path / "path", "2.1.333"),
+                                    ({"claude": ""}, tmp_path / "path", "2.1.332"),
+                                    ({"claude": ""}, tmp_path / "none", "2.1.331")):
+        monkeypatch.setenv("PATH", str(path))
+        with serving(tmp_path, **settings) as base:
+            assert ask(base, "GET /readyz").json["claude"] == version
+    assert second.pids == third.pids == []
+
+
+def test_a_cli_that_is_installed_later_is_found_without_a_restart(tmp_path):
+    with serving(tmp_path, claude=str(tmp_path / "claude")) as base:
+        assert ask(base, "GET /readyz").status == 503
+        cli(tmp_path)
+        assert until(lambda: ask(base, "GET /readyz").status == 200)
+
+
+@pytest.mark.parametrize("name", ["claude.cmd", "claude.bat", "claude.ps1"])
+def test_a_shell_shim_is_refused_with_the_reason(tmp_path, name):
+    with serving(tmp_path, claude=cli(tmp_path, name=name).path) as base:
+        answer = http_post(base, "hi")
+        assert answer.status == 503 and "shim" in answer.error["message"]
+
+
+def test_flags_win_over_environment_over_dotenv_over_file_over_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ccproxy.json").write_text('{"port": 1, "warm": 1, "idle_ttl": 1, "retries": 1}')
+    (tmp_path / ".env").write_text("# ours\nexport CCPROXY_WARM='2'\nCCPROXY_RETRIES=2\n"
+                                   "CCPROXY_IDLE_TTL=2\nOTHER=5\n")
+    found = ccproxy.load_settings({"retries": "4"}, {"CCPROXY_IDLE_TTL": "3",
+                                                     "CCPROXY_RETRIES": "3", "CCPROXY_HOST": ""})
+    assert (found.retries, found.idle_ttl, found.warm, found.port) == (4, 3, 2, 1)
+    assert (found.host, found.max_processes) == ("127.0.0.1", 8)
+
+
+def test_a_configuration_file_can_be_named_and_hold_lists_and_maps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ccproxy.json").write_text('{"port": 1}')
+    (tmp_path / "mine.json").write_text(json.dumps(
+        {"models": {"gpt-*": "opus"}, "allow_hosts": ["a", "b"], "max_body": "2k", "quiet": True}))
+    found = ccproxy.load_settings({"config": "mine.json"}, {})
+    assert (found.models, found.allow_hosts) == ({"gpt-*": "opus"}, ["a", "b"])
+    assert (found.max_body, found.quiet, found.port) == (2048, True, 8082)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TOML is read from Python 3.11 on")
+def test_a_toml_file_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ccproxy.toml").write_text('port = 9\nallow_origins = ["https://a.example"]\n')
+    found = ccproxy.load_settings({}, {})
+    assert (found.port, found.allow_origins) == (9, ["https://a.example"])
+
+
+BAD_SETTINGS = {
+    "port x": (["--port", "x"], "port"), "port 70000": (["--port", "70000"], "port"),
+    "port -1": (["--port=-1"], "port"), "port ²": (["--port", "²"], "port"),
+    "max_body 0": (["--max-body", "0"], "max_body"),
+    "max_body x": (["--max-body", "1x"], "max_body"),
+    "heartbeat 0": (["--heartbeat", "0"], "heartbeat"), "heartbeat nan": (
+        ["--heartbeat", "nan"], "heartbeat"), "idle_ttl inf": (["--idle-ttl", "inf"], "idle_ttl"),
+    "warm -1": (["--warm=-1"], "warm"), "no process": (["--max-processes", "0"], "max_processes"),
+    "retries": (["--retries", "99"], "retries"), "models": (["--models", "gpt-4"], "models"),
+    "quiet": (["--quiet=maybe"], "quiet"), "half of TLS": (["--tls-cert", "a.pem"], "tls_"),
+    "TLS files": (["--tls-cert", "absent.pem", "--tls-key", "absent.pem"], "absent.pem"),
+    "no file": (["--config", "absent.json"], "absent.json"),
+    "bad JSON": (["--config", "bad.json"], "bad.json"),
+    "no object": (["--config", "list.json"], "list.json"),
+    "unknown name": (["--config", "unknown.json"], "colour"),
+    "wrong type": (["--config", "type.json"], "port"),
+}
+
+
+@pytest.mark.parametrize("argv, word", BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_a_bad_setting_is_one_line_that_names_it_and_exit_code_2(argv, word, tmp_path, capsys,
+                                                                 monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("bad", "{"), ("list", "[5]"), ("unknown", '{"colour": 1}'),
+                       ("type", '{"port": true}')):
+        (tmp_path / f"{name}.json").write_text(text)
+    assert ccproxy.main(["--claude", "echo", "--state-dir", str(tmp_path), *argv]) == 2
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1 and word in err and not out
+
+
+@pytest.mark.parametrize("where", ["environment", ".env"])
+def test_a_bad_setting_of_the_environment_is_told_the_same_way(where, tmp_path, capsys,
+                                                               monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if where == ".env":
+        (tmp_path / ".env").write_text("CCPROXY_WARM=many\n")
+    else:
+        monkeypatch.setenv("CCPROXY_WARM", "many")
+    assert ccproxy.main(["--port", "0", "--claude", "echo"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "warm" in err
+
+
+def test_an_unknown_setting_is_refused_to_importers_too():
+    with pytest.raises(ccproxy.ConfigError, match="colour"):
+        ccproxy.Settings(colour=1)
+
+
+# == (d) CLIs that misbehave =======================================================================
+
+def failure(answer, dialect):
+    """(status, message) of a failed answer, whole or streamed."""
+    if not answer.headers["content-type"].startswith("text/event-stream"):
+        return answer.status, answer.error["message"]
+    found = frames(answer.body)
+    if dialect == "chat":
+        assert found[-1] == (None, "[DONE]") and set(found[-2][1]) == {"error"}
+        assert not any(c.get("finish_reason") for _, d in found[:-1] for c in d.get("choices", []))
+        return answer.status, found[-2][1]["error"]["message"]
+    assert found[-1][0] == "error" and found[-1][1]["type"] == "error"
+    kinds = [kind for kind, _ in found]
+    assert kinds.count("content_block_start") == kinds.count("content_block_stop")
+    assert "message_stop" not in kinds
+    return answer.status, found[-1][1]["error"]["message"]
+
+
+def ask_badly(tmp_path, code, dialect="chat", stream=False, within_s=6.0, **settings):
+    """(status, message) that a client of such a CLI gets; no process may be left."""
+    fake, began = cli(tmp_path, code), time.monotonic()
+    with serving(tmp_path, **{"claude": fake.path, "stall_timeout": 20.0, **settings}) as base:
+        answer = http_post(base, "hi", dialect, stream=stream)
+        assert time.monotonic() - began < within_s
+        if answer.status != 200 or stream:
+            assert gone(fake.pids)
+    assert gone(fake.pids, 0.5)
+    return failure(answer, dialect) if answer.status != 200 or stream else (200, answer.text), fake
+
+
+BEFORE_ANY_EVENT = {
+    "dies at start": ("def on_start():\n    sys.exit('no licence')", 502, "no licence"),
+    "dies in the turn": ("def turn():\n    sys.exit('boom')", 502, "boom"),
+    "killed": ("def turn():\n    os.kill(os.getpid(), 9)", 502, "exit code -9"),
+    "garbage at start": ("def on_start():\n    print('Welcome!', flush=True)", 502, "Welcome!"),
+    "garbage in the turn": ("def turn():\n    print('{\"type\": oops', flush=True)", 502, "oops"),
+    "not UTF-8": ("def turn():\n    sys.stdout.buffer.write(b'\\xff\\xfe\\n')\n"
+                  "    sys.stdout.flush()", 502, "unreadable"),
+    "a bare number": ("def turn():\n    print(5, flush=True)", 502, "5"),
+    "depth bomb": ("def turn():\n    print('[' * 100000, flush=True)", 502, "unreadable"),
+    "odd event": ("def turn():\n    put('stream_event')", 502, "protocol"),
+    "odd result": ("def turn():\n    put('assistant', error='x', message=5)\n"
+                   "    put('result', is_error=True, result=7)", 502, ""),
+    "refuses initialize": ("def told(request_id, subtype):\n    put('control_response', response="
+                           "dict(subtype='error', request_id=request_id, error='not today'))",
+                           502, "not today"),
+    "line without end": ("def turn():\n    for _ in range(70):\n"
+                         "        sys.stdout.write('x' * 2**20)\n    sys.stdout.flush()\n"
+                         "    time.sleep(60)", 502, "line"),
+    "result without answer": ("def turn():\n    put('result', subtype='success', is_error=False)",
+                              502, "without an answer"),
+}
+
+
+@whole_and_streamed
+@pytest.mark.parametrize("code, status, word", BEFORE_ANY_EVENT.values(), ids=BEFORE_ANY_EVENT)
+def test_a_cli_that_fails_before_its_first_event_gives_a_status(tmp_path, code, status, word,
+                                                                stream):
+    (told, message), _ = ask_badly(tmp_path, code, "messages" if stream else "chat", stream)
+    assert told == status and word in message
+
+
+IN_THE_STREAM = {
+    "dies": ("sys.exit('boom')", "boom"),
+    "garbage": ("print('oops', flush=True)\n    time.sleep(60)", "oops"),
+    "odd shape": ("put('stream_event', event=5)\n    time.sleep(60)", "protocol"),
+    "silent": ("time.sleep(60)", "silent"),
+}
+
+
+@pytest.mark.parametrize("dialect, code, word", [
+    (dialect, *row) for name, row in IN_THE_STREAM.items() for dialect in PATHS_HTTP
+    if dialect == "messages" or name == "dies"])
+def test_a_cli_that_fails_in_mid_stream_gives_the_dialects_own_error_and_end(tmp_path, code, word,
+                                                                             dialect):
+    code = f"def turn():\n    start('one', 'two')\n    time.sleep(0.2)\n    {code}"
+    (status, message), fake = ask_badly(tmp_path, code, dialect, True, stall_timeout=0.6)
+    assert status == 200 and word in message and len(fake.pids) == 1
+
+
+def test_a_cli_that_dies_in_mid_answer_gives_502_to_who_wants_it_whole(tmp_path):
+    (status, message), fake = ask_badly(
+        tmp_path, "def turn():\n    start('one')\n    sys.exit('boom')")
+    assert (status, len(fake.pids)) == (502, 1) and "boom" in message
+
+
+@both_dialects
+def test_a_silent_cli_gives_504_after_stall_timeout(tmp_path, dialect):
+    (status, message), _ = ask_badly(tmp_path, "def turn():\n    time.sleep(60)", dialect,
+                                     stall_timeout=0.6)
+    assert status == 504 and "silent" in message
+
+
+def test_a_turn_longer_than_request_timeout_gives_504(tmp_path):
+    code = ("def turn():\n    start('one')\n    while True:\n        time.sleep(0.1)\n"
+            "        event('content_block_delta', index=0,\n"
+            "              delta=dict(type='text_delta', text='x'))")
+    (status, message), _ = ask_badly(tmp_path, code, request_timeout=1.0)
+    assert status == 504 and "1 s" in message
+
+
+def test_a_cli_that_dies_at_start_is_tried_again_once(tmp_path):
+    noted = str(tmp_path / "pids")
+    code = f"def on_start():\n    len(open({noted!r}).readlines()) > 1 or os._exit(3)"
+    (status, text), fake = ask_badly(tmp_path, code)
+    assert (status, text, len(fake.pids)) == (200, "fine", 2)
+
+
+def test_a_cli_that_always_dies_at_start_is_started_only_twice_for_a_request(tmp_path):
+    _, fake = ask_badly(tmp_path, "def on_start():\n    sys.exit('no licence')")
+    assert len(fake.pids) == 2
+
+
+def test_a_cli_that_always_dies_is_not_restarted_in_a_tight_loop(tmp_path):
+    fake = cli(tmp_path, "def on_start():\n    sys.exit('no licence')")
+    with serving(tmp_path, claude=fake.path, warm=2) as base:
+        time.sleep(1.5)
+        assert ask(base, "GET /health").status == 200
+        answer = ask(base, "GET /readyz")
+    assert answer.status == 503 and "no licence" in answer.error["message"]
+    assert len(fake.pids) <= 12
+
+
+HARMLESS = {
+    "unknown lines": "def turn():\n    put('novelty', a=1)\n    put('system', subtype='new')\n"
+                     "    print('\\n\\r\\n  ', flush=True)\n    event('new_event')\n"
+                     "    start('fine')\n    event('ping')\n    end()",
+    "50 MB line": "def turn():\n    put('novelty', data='x' * 50 * 2**20)\n    start('fine')\n"
+                  "    end()",
+    "much stderr": "def turn():\n    for _ in range(50):\n"
+                   "        sys.stderr.write('x' * 100000 + '\\n' * 1000)\n    start('fine')\n"
+                   "    end()",
+    "unknown request": "def turn():\n    put('control_request', request_id='a', request="
+                       "dict(subtype='new'))\n    sys.stdin.readline()\n"
+                       "    start('fine')\n    end()",
+    "raw U+2028": "def put(kind, **line):\n"
+                  "    line = dict(line, type=kind, note='a\u2028b')\n"
+                  "    text = json.dumps(line, ensure_ascii=False)\n"
+                  "    sys.stdout.buffer.write(text.encode() + b'\\r\\n')\n"
+                  "    sys.stdout.flush()",
+    "subagent frames": "def turn():\n    put('stream_event', parent_tool_use_id='a', event=dict("
+                       "type='content_block_delta', index=0, delta=dict(type='text_delta', "
+                       "text='not this')))\n    start('fine')\n    end()",
+}
+
+
+@pytest.mark.parametrize("code", HARMLESS.values(), ids=HARMLESS)
+def test_what_a_newer_or_noisy_cli_says_beside_its_answer_does_no_harm(tmp_path, code):
+    (status, text), fake = ask_badly(tmp_path, code)
+    assert (status, text, len(fake.pids)) == (200, "fine", 1)
+
+
+STUBBORN = """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def turn():
+        start("one")
+        time.sleep(60)
+    def on_end():
+        time.sleep(60)
+"""
+
+
+@whole_and_streamed
+def test_a_cli_that_ignores_sigterm_and_the_end_of_input_is_killed_within_2_s(tmp_path, stream):
+    fake = cli(tmp_path, STUBBORN)
+    with serving(tmp_path, claude=fake.path) as base:
+        sock = http_connect(base, request("POST /v1/messages", body=question("hi", stream=stream)))
+        assert until(lambda: fake.pids)
+        time.sleep(0.3)
+        sock.close()
+        assert gone(fake.pids)
+
+
+def test_stubborn_spares_are_gone_when_the_proxy_stops(tmp_path):
+    fake = cli(tmp_path, STUBBORN)
+    with serving(tmp_path, claude=fake.path, warm=2) as base:
+        assert until(lambda: len(fake.pids) == 2) and ask(base, "GET /health").status == 200
+    assert not any(map(alive, fake.pids))
+
+
+LEAVES_GRANDCHILD = """
+    def turn():
+        note(subprocess.Popen(["sleep", "60"]).pid)
+        {then}
+"""
+
+
+@pytest.mark.parametrize("then, status, word", [
+    ("os._exit(7)", 502, "exit code 7"), ("start('one'); os._exit(7)", 502, "exit code 7"),
+    ("start('fine'); end()", 200, "fine")], ids=["before", "within", "after"])
+def test_a_grandchild_that_holds_the_pipes_neither_hangs_a_request_nor_stays(tmp_path, then,
+                                                                             status, word):
+    (told, message), fake = ask_badly(tmp_path, LEAVES_GRANDCHILD.format(then=then))
+    assert told == status and word in message and len(fake.pids) in (2, 4)
+
+
+# == (e) conversations =============================================================================
+
+def http_more(messages, answer, text):
+    """The history with an answer and the next question."""
+    return [*messages, {"role": "assistant", "content": answer.text},
+            {"role": "user", "content": text}]
+
+
+@both_dialects
+def test_a_conversation_is_new_then_continued_by_the_same_process(tmp_path, dialect):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path) as base:
+        messages, told = http_said("one"), []
+        for text in ("two", "three", "four"):
+            answer = http_post(base, messages, dialect, temperature=0.1 * len(messages))
+            told.append((answer.how, answer.text))
+            messages = http_more(messages, answer, text)
+    assert told == [("new", "one"), ("continued", "two"), ("continued", "three")]
+    assert len(fake.pids) == 1
+
+
+def test_another_prompt_model_history_or_reply_never_continues_a_conversation(tmp_path):
+    with serving(tmp_path, models={"other": "echo"}) as base:
+        tools = [{"name": "a", "input_schema": {}}]
+        first = http_post(base, http_said("one"), system="S")
+        history = http_more(http_said("one"), first, "two")
+        edited = [{"role": "user", "content": "won"}, *history[1:]]
+        guessed = [history[0], {"role": "assistant", "content": "ONE"}, history[2]]
+        for messages, fields in (
+                (history, {"system": "T"}), (history, {}), (edited, {"system": "S"}),
+                (guessed, {"system": "S"}), (history, {"system": "S", "tools": tools}),
+                (history, {"system": "S", "model": "claude-other"})):
+            answer = http_post(base, messages, **fields)
+            assert (answer.how, answer.text) == ("rebuilt", "two")
+        assert http_post(base, history, system="S").how == "continued"       # still where it was
+        assert http_post(base, history, system="S").how == "rebuilt"         # regenerated
+
+
+def test_a_conversation_whose_process_was_killed_is_rebuilt(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path) as base:
+        history = http_more(http_said("one"), http_post(base, http_said("one")), "two")
+        os.kill(fake.pids[0], signal.SIGKILL)
+        assert gone(fake.pids)
+        answer = http_post(base, history)
+        assert (answer.status, answer.how, answer.text) == (200, "rebuilt", "two")
+
+
+def test_a_conversation_goes_on_after_a_restart_of_the_proxy(tmp_path):
+    with serving(tmp_path) as base:
+        history = http_more(http_said("one"), http_post(base, http_said("one")), "two")
+    with serving(tmp_path) as base:
+        assert http_post(base, history).how == "rebuilt"
+
+
+def test_two_requests_at_once_for_one_conversation_are_both_answered(tmp_path):
+    with serving(tmp_path) as base:
+        history = http_more(http_said("one"), http_post(base, http_said("one")), "/slow a b c d e")
+        found = together(*[lambda: http_post(base, history)] * 2)
+    assert sorted(answer.how for answer in found) == ["continued", "rebuilt"]
+    assert [answer.text for answer in found] == ["/slow a b c d e"] * 2
+
+
+def test_a_failed_turn_does_not_stay_in_a_conversation(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path) as base:
+        history = http_more(http_said("one"), http_post(base, http_said("one")), "/error 529")
+        assert http_post(base, history, "messages").status == 529
+        assert gone(fake.pids)
+
+
+SLOW = "/slow " + "a " * 9                          # over 0.9 s
+
+
+def busy(base, number):
+    def count():
+        told = ask(base, "GET /status").json["processes"]
+        return told["all"] - told["spare"] - told["idle"] - told["parked"]
+    return until(lambda: count() == number)
+
+
+@both_dialects
+def test_when_all_processes_are_busy_429_comes_after_queue_timeout(tmp_path, dialect):
+    with serving(tmp_path, max_processes=2, queue_timeout=0.3) as base:
+        socks = [http_connect(base, request("POST /v1/messages", body=question(SLOW)))
+                 for _ in range(2)]
+        assert busy(base, 2)
+        answer = http_post(base, "hi", dialect, stream=True)
+        assert answer.status == 429 and int(answer.headers["retry-after"]) > 0
+        assert answer.error["type"] == "rate_limit_error"
+        assert [answers(read_all(sock))[0].status for sock in socks] == [200, 200]
+        assert http_post(base, "hi", dialect).status == 200
+
+
+def test_a_request_waits_in_line_for_a_process(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path, max_processes=2, queue_timeout=10.0) as base:
+        found = together(*[lambda n=n: http_post(base, f"/slow a b c {n}") for n in range(5)])
+        assert [answer.status for answer in found] == [200] * 5
+        assert ask(base, "GET /status").json["processes"]["all"] <= 2
+    assert len(fake.pids) == 5
+
+
+def test_a_client_that_leaves_the_line_takes_nobodys_place(tmp_path):
+    with serving(tmp_path, max_processes=1, queue_timeout=10.0) as base:
+        first = http_connect(base, request("POST /v1/messages", body=question("/slow a b c d e f g")))
+        assert busy(base, 1)
+        leaver = http_connect(base, request("POST /v1/messages", body=question("hi")))
+        time.sleep(0.1)
+        leaver.close()
+        assert http_post(base, "hi").status == 200
+        assert answers(read_all(first))[0].status == 200
+
+
+def test_the_least_recently_used_conversation_goes_first(tmp_path):
+    with serving(tmp_path, max_processes=2) as base:
+        a, b = (http_more(http_said(name), http_post(base, http_said(name)), "next") for name in ("a", "b"))
+        answer = http_post(base, a)
+        a = http_more(a, answer, "next")
+        assert answer.how == "continued"
+        assert http_post(base, http_said("c")).how == "new"                       # b has to go
+        assert http_post(base, a).how == "continued"
+        assert http_post(base, b).how == "rebuilt"
+
+
+TOOLS_HTTP = [{"name": "look", "input_schema": {"type": "object"}}]
+CALL_HTTP = http_said('/call look {"at": "it"}')
+
+
+def parked(base):
+    """A conversation that waits for a tool's result, as the history with that result."""
+    answer = http_post(base, CALL_HTTP, "messages", tools=TOOLS_HTTP)
+    (call,) = answer.json["content"]
+    assert (answer.json["stop_reason"], call["name"]) == ("tool_use", "look")
+    return [*CALL_HTTP, {"role": "assistant", "content": [call]}, {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": call["id"], "content": "seen"}]}]
+
+
+def finished(base, history, how):
+    answer = http_post(base, history, "messages", tools=TOOLS_HTTP)
+    assert (answer.status, answer.how, answer.text) == (200, how, "seen")
+
+
+def test_a_parked_conversation_is_continued_by_its_tool_result(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path) as base:
+        finished(base, parked(base), "continued")
+    assert len(fake.pids) == 1
+
+
+def test_an_idle_process_ends_after_idle_ttl_and_a_parked_one_does_not(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path, idle_ttl=0.4, park_ttl=30.0) as base:
+        history = parked(base)
+        follow_up = http_more(http_said("one"), http_post(base, http_said("one")), "two")
+        assert gone(fake.pids[1:])
+        time.sleep(0.2)
+        finished(base, history, "continued")
+        assert http_post(base, follow_up).how == "rebuilt"
+
+
+def test_a_parked_process_ends_after_park_ttl_and_its_result_rebuilds(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path, park_ttl=0.3) as base:
+        history = parked(base)
+        assert gone(fake.pids)
+        finished(base, history, "rebuilt")
+
+
+def test_a_parked_conversation_that_had_to_go_is_rebuilt(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path, max_processes=1) as base:
+        history = parked(base)
+        assert http_post(base, "other").how == "new" and gone(fake.pids[:1])
+        finished(base, history, "rebuilt")
+
+
+def test_spares_wait_and_serve_the_first_request(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path, warm=1) as base:
+        assert until(lambda: ask(base, "GET /status").json["processes"]["spare"] == 1)
+        assert ask(base, "GET /readyz").status == 200
+        first = list(fake.pids)
+        assert http_post(base, "hi").how == "new"
+        assert until(lambda: len(fake.pids) == 2) and all(map(alive, first))
+
+
+QUIET = "def turn():\n    time.sleep(0.7)\n    start('fine')\n    time.sleep(0.5)\n    end()"
+
+
+@both_dialects
+def test_a_silent_stream_gets_heartbeats_that_the_dialects_clients_read_over(tmp_path, dialect):
+    with serving(tmp_path, claude=cli(tmp_path, QUIET).path, heartbeat=0.2) as base:
+        answer = http_post(base, "hi", dialect, stream=True)
+    found = frames(answer.body)                     # which refuses comments and id: lines
+    if dialect == "messages":
+        kinds = [kind for kind, _ in found]
+        assert kinds.index("message_start") >= 2 and set(kinds[:kinds.index("message_start")]) == {
+            "ping"} and kinds[-1] == "message_stop"
+        assert all(data == {"type": "ping"} for kind, data in found if kind == "ping")
+        assert kinds.count("ping") >= 4
+        return
+    chunks = [data for _, data in found[:-1]]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    assert "role" in deltas[0] and sum("role" in delta for delta in deltas) == 1
+    assert "".join(delta.get("content") or "" for delta in deltas) == "fine"
+    assert deltas.count({}) >= 4 and found[-1][1] == "[DONE]"
+    assert [c["choices"][0]["finish_reason"] for c in chunks if c["choices"][0]["finish_reason"]] \
+        == ["stop"]
+
+
+def test_a_whole_answer_gets_no_heartbeat_and_a_lively_stream_none(tmp_path):
+    with serving(tmp_path, claude=cli(tmp_path, QUIET).path, heartbeat=0.2) as base:
+        assert talk(base, request("POST /v1/messages", body=question("hi"))).count(b"HTTP/1.1") == 1
+    with serving(tmp_path, heartbeat=0.3, warm=1) as base:
+        assert until(lambda: ask(base, "GET /status").json["processes"]["spare"] == 1)
+        answer = http_post(base, "/slow a b c d e f", "messages", stream=True)
+        assert b"event: ping" not in answer.body and b"message_stop" in answer.body
+
+
+@both_dialects
+def test_a_failure_after_heartbeats_ends_the_stream_in_the_dialects_own_way(tmp_path, dialect):
+    code = ("def turn():\n    time.sleep(0.5)\n    put('assistant', error='rate_limit', message="
+            "dict(model='<synthetic>', content=[dict(type='text', text='API Error: 429 slow')]))\n"
+            "    put('result', is_error=True, subtype='success', api_error_status=429)")
+    (status, message), _ = ask_badly(tmp_path, code, dialect, True, heartbeat=0.2)
+    assert status == 200 and message == "slow"
+
+
+# -- stopping
+
+def test_running_turns_are_finished_at_a_stop_and_new_connections_refused(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with command(tmp_path, "--warm", "0", claude=fake.path) as proxy:
+        socks = [http_connect(proxy.url, request("POST /v1/messages", close=False, body=question(
+            SLOW, stream=stream))) for stream in (False, True)]
+        idle = http_connect(proxy.url)
+        assert busy(proxy.url, 2)
+        proxy.process.send_signal(signal.SIGTERM)
+        assert read_all(idle) == b""
+        with pytest.raises(OSError):
+            http_connect(proxy.url)
+        whole, streamed = (answers(read_all(sock))[0] for sock in socks)
+        assert whole.text == SLOW and frames(streamed.body)[-1][0] == "message_stop"
+        assert proxy.process.wait(5) == 0 and not any(map(alive, fake.pids))
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["drain_timeout", "asked twice"])
+def test_a_turn_that_is_too_long_for_the_drain_does_not_hold_the_stop(tmp_path, twice):
+    fake = noted_stand_in(tmp_path)
+    with command(tmp_path, "--warm", "0", "--drain-timeout", "20" if twice else "0.3",
+                 claude=fake.path) as proxy:
+        sock = http_connect(proxy.url, request("POST /v1/messages", body=question("/slow " + "a " * 99)))
+        assert busy(proxy.url, 1)
+        proxy.process.send_signal(signal.SIGINT)
+        if twice:
+            time.sleep(0.1)
+            proxy.process.send_signal(signal.SIGINT)
+        assert proxy.process.wait(4) == 0 and not any(map(alive, fake.pids))
+        sock.close()
+    assert not any("Traceback" in line for line in proxy.log)
+
+
+def test_running_gives_up_its_port_processes_and_folder(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path, warm=2) as base:
+        http_post(base, "hi")
+    assert not any(map(alive, fake.pids))
+    with pytest.raises(OSError):
+        http_connect(base)
+
+
+# == The real CLI ==================================================================================
+
+DIALECTS_REAL = ("chat", "messages")
+MODES = [(dialect, streamed) for dialect in DIALECTS_REAL for streamed in (False, True)]
+real_both_dialects = pytest.mark.parametrize("dialect", DIALECTS_REAL)
+
+
+def real_text(value):
+    return {"type": "text", "text": value}
+
+
+def use(call, name, **arguments):
+    return {"type": "tool_use", "id": call, "name": name, "input": arguments}
+
+
+def real_result(call, *content, **more):
+    return {"type": "tool_result", "tool_use_id": call, "content": list(content), **more}
+
+
+def tool(name, **more):
+    return {"type": "function", "function": {
+        "name": name, "parameters": {"type": "object", "properties": {}}, **more}}
+
+
+# -- 1. text
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_every_turn_of_a_conversation_reaches_the_model_as_a_turn(real, dialect):
+    system = {"chat": {}, "messages": {"system": [{"type": "text", "text": "Be brief."}]}}[dialect]
+    client = Client(real.url, dialect, **{**system, "model": "gpt-4o"})
+    client.messages += [{"role": "system", "content": "Be brief."}] * (dialect == "chat")
+    kinds = []
+    for turn in range(4):
+        said = client.ask([real_text(f"hello {turn} "), real_text("é\u2028")], streamed=turn % 2 == 0)
+        assert (said.status, said.text) == (200, "You said: é\u2028")
+        kinds.append(said.headers["X-CC-Conversation"])
+    assert kinds == ["new", "continued", "continued", "continued"]
+    body = real.api.bodies[-1]
+    assert len(real.api.bodies) == 4 and body["model"] == MODEL
+    assert [block["text"] for block in body["system"]].count("Be brief.") == 1
+    asked = [("user", [real_text(f"hello {turn} "), real_text("é\u2028")]) for turn in range(4)]
+    answer = ("assistant", [real_text("You said: é\u2028")])
+    assert heard(body) == [asked[0], answer, asked[1], answer, asked[2], answer, asked[3]]
+    if dialect == "messages":
+        client.messages[2] = {"role": "user", "content": "edited"}
+        said = client.ask("end")
+        assert (said.headers["X-CC-Conversation"], said.raw["model"]) == ("rebuilt", "gpt-4o")
+        assert heard(real.api.bodies[-1]) == [
+            asked[0], answer, ("user", [real_text("edited")]), answer, asked[2], answer, asked[3],
+            answer, ("user", [real_text("end")])]
+
+
+@pytest.mark.real_cli
+def test_chat_contents_of_every_form_reach_the_model_on_every_role(real):
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": ""}}
+    client = Client(real.url, "chat", tools=[tool("look")])
+    said = client.ask(
+        {"role": "developer", "content": [real_text("First.")]}, "one",
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": [real_text("a"), real_text("b")]},
+        {"role": "assistant", "content": [real_text("fine")]},
+        {"role": "system", "content": "Second."},
+        [{"type": "input_text", "text": "two"}])
+    assert (said.status, said.headers["X-CC-Conversation"]) == (200, "rebuilt")
+    body = real.api.bodies[0]
+    assert body["system"][-1]["text"] == "First.\n\nSecond."
+    assert heard(body) == [
+        ("user", [real_text("one")]), ("assistant", [use("call_1", "look")]),
+        ("user", [real_result("call_1", real_text("a"), real_text("b"))]),
+        ("assistant", [real_text("fine")]), ("user", [real_text("two")])]
+
+
+@pytest.mark.real_cli
+def test_conversations_at_once_do_not_mix(real):
+    def talk(number):
+        client = Client(real.url, DIALECTS_REAL[number % 2], user=str(number))
+        return [client.ask(f"number {number} turn {turn}", streamed=number > 0).text
+                for turn in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        told = list(pool.map(talk, range(3)))
+    assert told == [[f"You said: number {n} turn {turn}" for turn in range(3)] for n in range(3)]
+    for body in real.api.bodies:
+        numbers = re.findall(r"number (\d)", json.dumps(heard(body)))
+        assert len(set(numbers)) == 1
+
+
+# -- 2. images and documents
+
+def data_url(media, data):
+    return f"data:{media};base64,{data}"
+
+
+CALL_REAL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+PNG_REAL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5E"
+       "rkJggg==")
+PDF_REAL = base64.b64encode(
+    b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[3 0 R]/Count "
+    b"1>>endobj\n3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]>>endobj\ntrailer<</Root 1 0 R>>"
+    b"\n%%EOF\n").decode()
+IMAGE_REAL = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG_REAL}}
+IMAGE_URL = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
+DOCUMENT_REAL = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf",
+                                           "data": PDF_REAL}, "title": "a.pdf"}
+NOTE = {"type": "document", "title": "a.txt", "source": {
+    "type": "text", "media_type": "text/plain", "data": "a note"}}
+MEDIA_REAL = [IMAGE_REAL, IMAGE_URL, DOCUMENT_REAL, NOTE]
+CHAT_MEDIA = [
+    {"type": "image_url", "image_url": {"url": data_url("image/png", PNG_REAL), "detail": "low"}},
+    {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+    {"type": "file", "file": {"filename": "a.pdf", "file_data": data_url("application/pdf", PDF_REAL)}},
+    {"type": "file", "file": {"filename": "a.txt", "file_data": data_url(
+        "text/plain", base64.b64encode(b"a note").decode())}}]
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("dialect, parts", [("chat", CHAT_MEDIA), ("messages", MEDIA_REAL)])
+def test_images_and_documents_reach_the_model_also_in_tool_results(real, dialect, parts):
+    client = Client(real.url, dialect, tools=[tool("look")])
+    called = {"role": "assistant", **({"content": None, "tool_calls": [CALL_REAL]} if dialect == "chat"
+                                      else {"content": [use("c1", "look")]})}
+    said = client.ask([real_text("see"), *parts], called,
+                      *client.results(("c1", [real_text("found"), *parts])), streamed=True)
+    assert (said.status, said.text) == (200, "You said: found")
+    assert heard(real.api.bodies[0]) == [
+        ("user", [real_text("see"), *MEDIA_REAL]), ("assistant", [use("c1", "look")]),
+        ("user", [real_result("c1", real_text("found"), *MEDIA_REAL)])]
+    assert not real.api.refusals
+
+
+# -- 3. client tools
+
+WEATHER_REAL = {"name": "get_weather", "description": "Weather\u200b of a city. " + "Long. " * 1000,
+           "input_schema": {"type": "object", "properties": {"city": {"type": "string"}},
+                            "required": ["city"]}}
+CLOCK = {"name": "a_clock", "description": "Now.",
+         "input_schema": {"type": "object", "properties": {}}}
+
+
+def chat_tools(*tools):
+    return [{"type": "function", "function": {
+        "name": t["name"], "description": t["description"], "parameters": t["input_schema"]}}
+        for t in tools]
+
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_parallel_calls_are_parked_and_their_results_continue_the_same_process(real, dialect):
+    tools = [WEATHER_REAL, CLOCK] if dialect == "messages" else chat_tools(WEATHER_REAL, CLOCK)
+    image, failed = (CHAT_MEDIA[0], {}) if dialect == "chat" else (IMAGE_REAL, {"is_error": True})
+    client = Client(real.url, dialect, tools=tools)
+    for streamed in (True, False):      # Chat has no word for a failed result
+        real.api.clear()
+        said = client.ask('SAY CALL:get_weather ARGS:{"city": "Rome"} CALL:a_clock ARGS:{} '
+                          'CALL:get_weather ARGS:{"city": "Oslo"}', streamed=streamed)
+        assert said.text == "Let me look."
+        assert said.finish in ("tool_calls", ("tool_use", None))
+        assert [call[1:] for call in said.calls] == [
+            ("get_weather", {"city": "Rome"}), ("a_clock", {}), ("get_weather", {"city": "Oslo"})]
+        assert real.api.bodies[0]["tools"] == [WEATHER_REAL, CLOCK]
+        first, second, third = [call[0] for call in said.calls]
+        said = client.ask(*client.results((third, "cold"), (first, [real_text("sun"), image]),
+                                          (second, "no", True)), streamed=streamed)
+        assert said.headers["X-CC-Conversation"] == "continued"
+        assert heard(real.api.bodies[1])[-2] == ("assistant", [
+            real_text("Let me look."), use(first, "get_weather", city="Rome"), use(second, "a_clock"),
+            use(third, "get_weather", city="Oslo")])
+        role, blocks = heard(real.api.bodies[1])[-1]
+        assert role == "user" and sorted(blocks, key=lambda b: b["tool_use_id"]) == [
+            real_result(first, real_text("sun"), IMAGE_REAL), real_result(second, real_text("no"), **failed),
+            real_result(third, real_text("cold"))]
+        assert len(real.api.bodies) == 2 and not real.api.refusals
+
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_a_result_may_lead_to_another_call(real, dialect):
+    client = Client(real.url, dialect, tools=[tool("look")])
+    said = client.ask("CALL:look ARGS:{\"n\": 0}")
+    for turn in range(1, 4):
+        [(call, _, arguments)] = said.calls
+        assert arguments == {"n": turn - 1}
+        answer = f'CALL:look ARGS:{{"n": {turn}}}' if turn < 3 else "done"
+        said = client.ask(*client.results((call, answer)), streamed=turn % 2 == 0)
+        assert said.headers["X-CC-Conversation"] == "continued"
+    assert said.text == "You said: done" and len(real.api.bodies) == 4
+
+
+@pytest.mark.real_cli
+def test_tool_names_of_every_kind_come_back_as_the_client_wrote_them(real):
+    names = ["a.b", "__proto__", "StructuredOutput", "constructor", "x" * 100, "имя", "a b"]
+    client = Client(real.url, "messages", tools=[tool(name) for name in names])
+    assert client.ask("hello").text == "You said: hello"
+    sent = [t["name"] for t in real.api.bodies[0]["tools"]]
+    assert len(set(sent)) == len(names)
+    said = client.ask(" ".join(f"CALL:{name} ARGS:{{}}" for name in sent), streamed=True)
+    assert [name for _, name, _ in said.calls] == names
+    said = client.ask(*client.results(*((call, name) for call, name, _ in said.calls)))
+    assert (said.status, said.headers["X-CC-Conversation"]) == (200, "continued")
+    history = heard(real.api.bodies[-1])
+    assert [b["name"] for b in history[-2][1]] == sent
+    assert {b["tool_use_id"]: b["content"] for b in history[-1][1]} == {
+        b["id"]: [real_text(name)] for b, name in zip(history[-2][1], names)}
+
+
+CHOICES = [     # Chat's fields, Messages' fields, what the model is told
+    ({"tool_choice": "auto"}, {"tool_choice": {"type": "auto"}}, {"type": "auto"}),
+    ({"tool_choice": "none"}, {"tool_choice": {"type": "none"}}, {"type": "none"}),
+    ({"tool_choice": "required"}, {"tool_choice": {"type": "any"}}, {"type": "any"}),
+    ({"tool_choice": {"type": "function", "function": {"name": "a.b"}}},
+     {"tool_choice": {"type": "tool", "name": "a.b"}}, {"type": "tool", "name": 1}),
+    ({"parallel_tool_calls": False},
+     {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+     {"type": "auto", "disable_parallel_tool_use": True}),
+    ({"tool_choice": "required", "parallel_tool_calls": False},
+     {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+     {"type": "any", "disable_parallel_tool_use": True}),
+    ({}, {}, None)]
+
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_every_form_of_tool_choice_reaches_the_model(real, dialect):
+    client = Client(real.url, dialect, tools=chat_tools(WEATHER_REAL) + [tool("a.b")])
+    for chat_fields, messages_fields, wanted in CHOICES:
+        fields = chat_fields if dialect == "chat" else messages_fields
+        assert client.ask(f"with {fields}", **fields).status == 200
+        body = real.api.bodies[-1]
+        if wanted and wanted.get("name"):
+            wanted = {**wanted, "name": body["tools"][wanted["name"]]["name"]}
+        assert body.get("tool_choice") == wanted
+    assert not real.api.refusals and len(real.api.bodies) == len(CHOICES)
+
+
+@pytest.mark.real_cli
+def test_old_style_functions_are_called_and_answered(real):
+    client = Client(real.url, "chat", function_call="auto",
+                    functions=[chat_tools(WEATHER_REAL)[0]["function"]])
+    said = client.ask('CALL:get_weather ARGS:{"city": "Rome"}', streamed=True)
+    assert said.finish == "function_call"
+    assert said.message["function_call"]["name"] == "get_weather"
+    assert json.loads(said.message["function_call"]["arguments"]) == {"city": "Rome"}
+    said = client.ask({"role": "function", "name": "get_weather", "content": "sun"})
+    assert (said.text, said.finish) == ("You said: sun", "stop")
+    (_, [call]), (_, [answer]) = heard(real.api.bodies[-1])[-2:]
+    assert call == use(answer["tool_use_id"], "get_weather", city="Rome")
+    assert answer["content"] == [real_text("sun")]
+
+
+# -- 4. parameters
+
+BUDGET = {"type": "enabled", "budget_tokens": 2000}
+PARAMETERS = [  # fields of the request, dialect or "" for both, what reaches the API
+    ({"temperature": 0.3}, "", {"temperature": 0.3}),
+    ({"top_p": 0.9}, "", {"top_p": 0.9}),
+    ({"top_k": 5}, "", {"top_k": 5}),
+    ({"temperature": 0}, "", {"temperature": 0}),
+    ({"max_tokens": 321}, "", {"max_tokens": 321}),
+    ({"max_completion_tokens": 4321}, "chat", {"max_tokens": 4321}),
+    ({"stop": "NOWHERE"}, "chat", {"stop_sequences": ["NOWHERE"]}),
+    ({"stop": ["A1", "B2"]}, "chat", {"stop_sequences": ["A1", "B2"]}),
+    ({"stop_sequences": ["A1"]}, "messages", {"stop_sequences": ["A1"]}),
+    ({"thinking": BUDGET, "max_tokens": 9000}, "", {"thinking": BUDGET, "max_tokens": 9000}),
+    ({"thinking": {"type": "adaptive"}}, "", {"thinking": {"type": "adaptive"}}),
+    ({"thinking": {"type": "disabled"}}, "", {"thinking": {"type": "disabled"}}),
+    ({"reasoning_effort": "high"}, "chat", {"output_config": {"effort": "high"}}),
+    ({"reasoning_effort": "minimal"}, "chat", {"output_config": {"effort": "low"}}),
+    ({"reasoning_effort": "none"}, "chat", {"thinking": {"type": "disabled"}}),
+    ({"output_config": {"effort": "low"}}, "messages", {"output_config": {"effort": "low"}})]
+
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_parameters_reach_the_model_for_their_own_turn_only(real, dialect):
+    client = Client(real.url, dialect)
+    for at, (fields, only, wanted) in enumerate(PARAMETERS):
+        if only in ("", dialect):
+            said = client.ask("now " + json.dumps(fields), streamed=at % 2 == 1, **fields)
+            assert (said.status, said.headers["X-CC-Ignored-Params"]) == (200, None), fields
+            body = real.api.bodies[-1]
+            shown = {name: body.get(name) for name in wanted}
+            if "thinking" in wanted:        # the CLI may say how it wants to see it
+                shown["thinking"] = {k: v for k, v in shown["thinking"].items() if k != "display"}
+            assert shown == wanted
+            assert not {"top_p", "top_k", "stop_sequences"} & set(body) - set(wanted), fields
+            assert "temperature" in wanted or body.get("temperature", 1) == 1, fields
+            assert said.headers["X-CC-Conversation"] == ("continued" if at else "new")
+    assert not real.api.refusals
+
+
+@pytest.mark.real_cli
+def test_what_cannot_be_honoured_is_named_and_the_rest_is_served(real):
+    said = Client(real.url, "chat").ask("hi", seed=7, logit_bias={"1": 2}, temperature=1.5)
+    assert (said.status, said.text) == (200, "You said: hi")
+    assert set(said.headers["X-CC-Ignored-Params"].split(", ")) == {
+        "seed", "logit_bias", "temperature"}
+    assert real.api.bodies[0]["temperature"] == 1
+
+
+FORCED = {"tool_choice": {"type": "tool", "name": "look"}}
+REFUSALS = [    # model, what it refuses (CLI-PROTOCOL 7), what may be reported as dropped
+    ("claude-opus-4-7", {"temperature": 0.2, "top_p": 0.9, "top_k": 5},
+     "temperature, top_k, top_p"),
+    ("claude-opus-4-8", {"thinking": BUDGET}, "thinking"),
+    ("claude-opus-5-5", {"thinking": {"type": "disabled"}}, "thinking"),
+    ("claude-fable-5-1", {"max_tokens": 64}, ""),
+    ("claude-sonnet-5-5", FORCED, "tool_choice"),
+    ("claude-sonnet-4-6", {"thinking": BUDGET, "temperature": 0.2}, "temperature"),
+    ("claude-sonnet-4-5", {"thinking": BUDGET, "tool_choice": {"type": "any"}},
+     "tool_choice|thinking"),
+    ("claude-haiku-4-5", {"temperature": 0.2, "top_p": 0.9}, "temperature|top_p"),
+    ("claude-fable-5-2", {}, "")]       # an old CLI thinks with a budget, unasked
+
+
+@pytest.mark.real_cli
+def test_what_a_model_refuses_is_met_once_and_never_again_even_after_a_restart(real):
+    def ask_all(pool, clients):
+        real.api.clear()
+        answers = pool.map(lambda client, row: client.ask("hi", **{**client.fields, **row[1]}),
+                           clients, REFUSALS)
+        return [(row, said.status, dropped, said.status != 200 and said.raw)
+                for row, said in zip(REFUSALS, answers)
+                for dropped in [said.headers["X-CC-Ignored-Params"] or ""]
+                if said.status != 200 or dropped not in row[2].split("|")]
+
+    def clients(url):
+        return [Client(url, "messages", model=row[0], tools=[tool("look")]) for row in REFUSALS]
+    with ThreadPoolExecutor(3) as pool:
+        with real.proxy("learned") as url:
+            talks = clients(url)
+            assert ask_all(pool, talks) == []
+            assert len(real.api.refusals) >= len(REFUSALS) - 1
+            assert (ask_all(pool, talks), real.api.refusals) == ([], [])
+        with real.proxy("learned") as url:
+            assert (ask_all(pool, clients(url)), real.api.refusals) == ([], [])
+
+
+@pytest.mark.real_cli
+def test_thinking_blocks_that_a_model_refuses_are_met_once(real):
+    block = {"type": "thinking", "thinking": "hm", "signature": "REFUSED"}
+    with real.proxy("thoughts", warm=0) as url:
+        for time_asked in (1, 2):
+            said = Client(url, "messages").ask(
+                "one", {"role": "assistant", "content": [block, real_text("two")]}, "three")
+            assert (said.status, len(real.api.refusals)) == (200, 1)
+            assert heard(real.api.bodies[-1])[1] == ("assistant", [real_text("two")])
+
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_several_choices_are_refused_with_what_to_do(real, dialect):
+    said = Client(real.url, dialect).ask("hi", n=2)
+    assert said.status == 400 and "send n requests" in said.raw["error"]["message"]
+    assert real.api.bodies == []
+
+
+# -- 5. structured output
+
+SCHEMA_REAL = {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object",
+          "properties": {"answer": {"type": "string"},
+                         "at": {"type": "string", "format": "date-time"}},
+          "required": ["answer"], "additionalProperties": False}
+PLAIN_SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}},
+                "required": ["answer"], "additionalProperties": False}
+
+
+def chat_format(schema, **more):
+    return {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "it", "schema": schema, **more}}}
+
+
+STRICT_CHAT = chat_format(PLAIN_SCHEMA, strict=True)
+MESSAGES_FORMAT = {"output_config": {"format": {"type": "json_schema", "schema": PLAIN_SCHEMA}}}
+DATED = {"answer": "it is so", "at": "2026-01-01T00:00:00Z"}
+FORMATS = [
+    ("chat", False, STRICT_CHAT, {"answer": "yes"}), ("chat", True, chat_format(SCHEMA_REAL), DATED),
+    ("chat", True, {"response_format": {"type": "json_object"}}, {"anything": [1, {"b": None}]}),
+    ("messages", False, {"output_format": {"type": "json_schema", "schema": SCHEMA_REAL}}, DATED),
+    ("messages", True, MESSAGES_FORMAT, {"answer": "yes"})]
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("dialect, streamed, fields, wanted", FORMATS)
+def test_json_arrives_as_text_and_ends_normally(real, dialect, streamed, fields, wanted):
+    said = Client(real.url, dialect, **fields).ask("JSON:" + json.dumps(wanted), streamed=streamed)
+    assert (said.status, json.loads(said.text)) == (200, wanted)
+    assert said.finish in ("stop", ("end_turn", None)) and not said.calls and said.usage
+    [body] = real.api.bodies                # the model is asked once
+    [answer] = body["tools"]
+    assert set(answer["input_schema"].get("properties", wanted)) == set(wanted)
+    assert (body.get("tool_choice") or {}).get("type") not in ("any", "tool")
+    pieces = [data for _, data in said.raw if '"delta": {' in json.dumps(data)] if streamed else []
+    assert not streamed or len(pieces) > 3  # it comes as it is written
+
+
+@pytest.mark.real_cli
+def test_invalid_json_is_tried_again_for_a_whole_answer(real):
+    said = Client(real.url, "chat", **STRICT_CHAT).ask('JSON:{"wrong": 1} THEN:{"answer": "right"}')
+    assert (said.status, said.text) == (200, '{"answer": "right"}')
+    assert len(real.api.bodies) == 2
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("word", ['JSON:{"wrong": 1} THEN:{"wrong": 2}', "NOJSON"])
+def test_json_that_never_matches_ends_in_an_error(real, word):
+    said = Client(real.url, "chat", **STRICT_CHAT).ask(word)
+    message = said.raw["error"]["message"]
+    assert said.status == 502 and re.search("schema|structured output", message)
+    assert message[0] not in "[{" and len(real.api.bodies) <= 10
+
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_invalid_json_ends_a_stream_with_an_error(real, dialect):
+    fields = STRICT_CHAT if dialect == "chat" else MESSAGES_FORMAT
+    said = Client(real.url, dialect, **fields).ask('JSON:{"wrong": 1}', streamed=True)
+    assert_ends_in_error(said, dialect, "schema")
+
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_a_schema_beside_tools_leaves_the_model_both(real, dialect):
+    streamed = dialect == "chat"
+    fields = STRICT_CHAT if dialect == "chat" else MESSAGES_FORMAT
+    client = Client(real.url, dialect, tools=[tool("look")], **fields)
+    said = client.ask("CALL:look ARGS:{}", streamed=streamed)
+    assert [name for _, name, _ in said.calls] == ["look"]
+    assert [t["name"] for t in real.api.bodies[0]["tools"]] == ["look", "StructuredOutput"]
+    said = client.ask(*client.results((said.calls[0][0], "found")), streamed=streamed)
+    assert (said.status, json.loads(said.text)) == (200, {"answer": "x"})
+
+
+def assert_ends_in_error(said, dialect, *words):
+    """The stream ends in the dialect's error, and nowhere says that it ended well."""
+    assert said.status == 200
+    kinds = [kind for kind, _ in said.raw]
+    if dialect == "chat":
+        assert said.raw[-1][1] == "[DONE]"
+        error = said.raw[-2][1]["error"]
+        assert said.finish is None
+    else:
+        assert kinds[-1] == "error" and "message_stop" not in kinds and "message_delta" not in kinds
+        assert kinds.count("content_block_start") == kinds.count("content_block_stop")
+        error = said.raw[-1][1]["error"]
+    assert any(word in error["message"] for word in words)
+
+
+# -- 6. and 7. thinking, usage, finish reasons
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_thinking_usage_and_the_reason_of_the_end_are_told(real, dialect):
+    slot = "stop" if dialect == "chat" else "stop_sequences"
+    client = Client(real.url, dialect)
+    for streamed in (True, False):
+        said = client.ask("THINK hi", streamed=streamed)
+        assert (said.thinking, said.text) == ("let me see", "You said: THINK hi")
+        if dialect == "messages":
+            block = {"type": "thinking", "thinking": "let me see", "signature": "SIGNED"}
+            assert said.message["content"] == [block, real_text("You said: THINK hi")]
+            assert (said.finish, said.usage) == (("end_turn", None), {**USAGE, "output_tokens": 7})
+        else:
+            sums = [said.usage[f"{name}_tokens"] for name in ("prompt", "completion", "total")]
+            assert (said.finish, sums) == ("stop", [18, 7, 25])
+            assert said.usage["prompt_tokens_details"]["cached_tokens"] == 5
+        said = client.ask("up to END1", streamed=streamed, **{slot: ["X9", "END1"]})
+        assert said.finish == ("stop" if dialect == "chat" else ("stop_sequence", "END1"))
+        assert said.headers["X-CC-Conversation"] == "continued"
+        assert heard(real.api.bodies[-1])[-2] == ("assistant", [
+            {"type": "thinking", "thinking": "let me see", "signature": "SIGNED"},
+            real_text("You said: THINK hi")])
+
+
+@pytest.mark.real_cli
+def test_a_chat_stream_tells_usage_only_when_it_is_asked_to(real):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    events = stream(real.url, PATHS["chat"], body)
+    assert len(events) > 3 and not any("usage" in data for _, data in events[:-1])
+    assert all(data["choices"] for _, data in events[:-1])
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("dialect, streamed, word, finish", [
+    ("chat", True, "MAXTOK", "length"), ("messages", False, "MAXTOK", ("max_tokens", None)),
+    ("chat", False, "REFUSE", "content_filter"), ("messages", True, "REFUSE", ("refusal", None)),
+    ("chat", True, "CONTEXT", "length")])
+def test_an_answer_that_was_cut_short_says_so_and_the_model_is_not_asked_on(
+        real, dialect, streamed, word, finish):
+    said = Client(real.url, dialect).ask(f"{word} hi", streamed=streamed)
+    assert (said.status, said.text, said.finish) == (200, f"You said: {word} hi", finish)
+    assert said.usage
+    time.sleep(0.5)         # 2.1.330 asks again within milliseconds: one such request is tolerated
+    assert len(real.api.bodies) <= 2
+
+
+# -- 8. history
+
+@pytest.mark.real_cli
+def test_a_messages_history_reaches_the_model_as_it_was(real):
+    thought = {"type": "thinking", "thinking": "", "signature": "SIGNED=="}
+    history = [
+        ("user", [real_text("one"), IMAGE_REAL]),
+        ("assistant", [thought, real_text("look"), use("toolu_1", "look", a=1), use("toolu_2", "look")]),
+        ("user", [real_result("toolu_1", real_text("x"), IMAGE_REAL), real_result("toolu_2", real_text("no"), is_error=True),
+                  real_text("and now")]),
+        ("assistant", [{"type": "redacted_thinking", "data": "c2VjcmV0"}, real_text("two")]),
+        ("user", [DOCUMENT_REAL, real_text("three")])]
+    messages = [{"role": role, "content": blocks} for role, blocks in history]
+    client = Client(real.url, "messages", tools=[tool("look")], max_tokens=5000)
+    said = client.ask(*messages)
+    assert (said.status, said.text) == (200, "You said: three")
+    assert said.headers["X-CC-Conversation"] == "rebuilt"
+    assert heard(real.api.bodies[0]) == history and not real.api.refusals
+
+
+BAD_HISTORIES = {
+    "a call without a result": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL_REAL]},
+        {"role": "user", "content": "b"}],
+    "a result without a call": [
+        {"role": "user", "content": "a"}, {"role": "tool", "tool_call_id": "c1", "content": "b"}],
+    "a result of another call": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL_REAL]},
+        {"role": "tool", "tool_call_id": "c2", "content": "b"}],
+    "the assistant last": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    "a call last": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL_REAL]}],
+    "nothing": []}
+
+
+@pytest.mark.real_cli
+@real_both_dialects
+@pytest.mark.parametrize("messages", BAD_HISTORIES.values(), ids=BAD_HISTORIES)
+def test_a_history_that_the_api_would_refuse_does_not_reach_the_cli(real, dialect, messages):
+    said = Client(real.url, dialect, tools=[tool("look")]).ask(*messages)
+    assert said.status == 400 and said.raw["error"]["type"] == "invalid_request_error"
+    assert len(said.raw["error"]["message"]) > 10 and real.api.bodies == []
+
+
+@pytest.mark.real_cli
+def test_user_text_is_data_in_the_last_message_and_in_history(real, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the secret of the house")
+    texts = ["see @/etc/hostname ok", f"see @{secret} ok", f"@{secret}", "/compact", "/init now",
+             "/unknown thing", "/", "  /compact", "!ls", "# note", "/model opus", "ultrathink now"]
+
+    def joined(body):                   # a lone "/" may get a space in front, see CLI-PROTOCOL 6
+        return ["".join(block["text"] for block in blocks).replace(" /", "/", 1)
+                if blocks == [real_text(" /")] else "".join(block["text"] for block in blocks)
+                for role, blocks in heard(body) if role == "user"]
+    client = Client(real.url, "chat")
+    for at, line in enumerate(texts):
+        assert client.ask(line).status == 200
+        assert joined(real.api.bodies[-1]) == texts[:at + 1]
+    assert len(real.api.bodies) == len(texts)
+    kill_children(real.url)
+    said = client.ask("end")
+    assert (said.status, said.headers["X-CC-Conversation"]) == (200, "rebuilt")
+    assert joined(real.api.bodies[-1]) == texts + ["end"]
+    assert "the secret of the house" not in json.dumps(real.api.bodies)
+
+
+# -- 9. counting, models
+
+@pytest.mark.real_cli
+def test_counting_tokens_spends_none(real):
+    body = {"model": MODEL, "system": "Be brief.", "messages": [{"role": "user", "content": "hi"}]}
+    counts = []
+    for words in ("hi", "hi " * 4000):
+        body["messages"] = [{"role": "user", "content": words}]
+        status, _, told = post(real.url, "/v1/messages/count_tokens", body)
+        assert status == 200 and set(told) == {"input_tokens"}
+        counts.append(told["input_tokens"])
+    assert 0 < counts[0] < counts[1] - 1000
+    assert real.api.bodies == []
+
+
+@pytest.mark.real_cli
+def test_models_are_listed_for_both_sdks_and_found_by_name(real):
+    status, _, told = get(real.url, "/v1/models")
+    assert (status, told["object"], told["has_more"]) == (200, "list", False)
+    names = [entry["id"] for entry in told["data"]]
+    assert "default" in names and (told["first_id"], told["last_id"]) == (names[0], names[-1])
+    for entry in told["data"]:
+        assert set(entry) >= {"id", "object", "created", "owned_by", "type", "display_name",
+                              "created_at"}
+        assert get(real.url, f"/v1/models/{entry['id']}")[::2] == (200, entry)
+    status, _, told = get(real.url, "/v1/models/none-such")
+    assert (status, told["error"]["type"]) == (404, "not_found_error")
+    assert real.api.bodies == []
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("asked", ["opus", "anthropic/claude-haiku-4-5"])
+def test_another_model_is_used_and_the_conversation_holds_no_word_of_it(real, asked):
+    said = Client(real.url, "messages", model=asked).ask("hi")
+    body = real.api.bodies[0]
+    assert (said.status, said.raw["model"]) == (200, asked)
+    assert asked.rpartition("/")[2] in body["model"] and said.headers["X-CC-Model"] == body["model"]
+    assert heard(body) == [("user", [real_text("hi")])]
+
+
+# -- 10. errors
+
+STATUSES = {status: MODES[at % 4] for at, status in enumerate(ERROR_TYPES)}
+REWORDED = {404: "model", 413: "too large"}     # the CLI drops the API's own message for these
+RETRIED = {400: 3, 404: 2}      # requests at most: 2.1.330 tries to heal a 400, both of them a 404
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("status", ERROR_TYPES)
+def test_an_error_of_the_api_keeps_its_status_and_message(real, status):
+    dialect, streamed = STATUSES[status]
+    said = Client(real.url, dialect).ask(f"ERR:{status}", streamed=streamed)
+    raw = said.raw[0][1] if streamed else said.raw
+    assert said.status == status
+    assert REWORDED.get(status, f"fake {ERROR_TYPES[status]}") in raw["error"]["message"]
+    if dialect == "messages":
+        assert (raw["type"], raw["error"]["type"]) == ("error", ERROR_TYPES[status])
+    else:
+        assert set(raw["error"]) >= {"message", "type", "param", "code"}
+    assert len(real.api.bodies) <= RETRIED.get(status, 1)       # --retries 0
+
+
+@pytest.mark.real_cli
+def test_the_cli_tries_again_as_often_as_retries_says_and_retry_after_is_kept(real):
+    with real.proxy(retries=1, warm=0) as url:
+        for words, status, times, waits in (("ERR:500", 500, 2, [None]), (
+                "ERR:429 WAIT:1", 429, 2, range(1, 3)), ("ERR:429 WAIT:60", 429, 1, range(60, 80))):
+            real.api.clear()        # newer CLIs add up to a quarter to what the API asks for
+            said = Client(url, "chat").ask(words)
+            assert (said.status, len(real.api.bodies)) == (status, times), words
+            wait = said.headers["Retry-After"]
+            assert (wait and int(wait)) in waits, words
+
+
+BREAKS = {"STREAMERR": ["Overloaded"], "DROP": ["lost", "terminated", "socket", "reset"]}
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("dialect, word", [
+    ("chat", "STREAMERR"), ("messages", "STREAMERR"), ("messages", "DROP")])
+def test_a_stream_that_breaks_ends_in_the_error_of_the_dialect(real, dialect, word):
+    said = Client(real.url, dialect).ask(f"{word} one two three four", streamed=True)
+    assert said.text.startswith("You said:") and "three" not in said.text
+    assert_ends_in_error(said, dialect, *BREAKS[word])
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("word, statuses", [("STREAMERR", (529, 502)), ("DROP", (502,))])
+def test_a_whole_answer_that_breaks_is_no_answer(real, word, statuses):
+    said = Client(real.url, "chat").ask(f"{word} one two three four")
+    assert said.status in statuses and said.raw["error"]["message"]
+
+
+# -- conversations and processes
+
+def told(body):
+    """All that the API was told, but for the CLI's notes and ids that it makes up anew."""
+    fixed = {k: v for k, v in body.items() if k not in ("metadata", "messages", "system")}
+    system = [block["text"] for block in body["system"] if "billing" not in block["text"]]
+    return {**fixed, "system": system, "messages": heard(body)}
+
+
+@pytest.mark.real_cli
+@real_both_dialects
+def test_rebuilding_after_kill_9_gives_the_model_the_same_messages(real, dialect):
+    media = CHAT_MEDIA if dialect == "chat" else MEDIA_REAL
+    client = Client(real.url, dialect, tools=[tool("look"), tool("a.b")], temperature=0.5,
+                    **({"system": "Be brief."} if dialect == "messages" else {}))
+    think = "THINK " if dialect == "messages" else ""       # Chat has no way to send it back
+    client.ask([real_text("/one"), media[0], real_text(f"{think}two")])
+    said = client.ask(f"{think}SAY CALL:look ARGS:{{}} CALL:look ARGS:{{\"a\": [1, 2.5]}}")
+    results = client.results((said.calls[0][0], [real_text("x"), media[0]]),
+                             (said.calls[1][0], "y", True))
+    for messages in (results, [[media[2], real_text(f"/{think}four")]]):
+        said = client.ask(*messages)
+        live = real.api.bodies[-1]
+        assert (said.status, said.headers["X-CC-Conversation"]) == (200, "continued")
+        kill_children(real.url)
+        said = client.again(streamed=True)
+        assert (said.status, said.headers["X-CC-Conversation"]) == (200, "rebuilt")
+        assert told(real.api.bodies[-1]) == told(live)
+    assert not real.api.refusals
+
+
+@pytest.mark.real_cli
+def test_a_spare_that_was_initialised_ahead_leaves_no_trace(real):
+    fields = {"tools": [tool("look")], "system": "Be brief."}
+    with real.proxy(warm=2) as url:
+        for line in ("first", "second"):
+            client = Client(url, "messages", **fields)
+            assert client.ask(line).headers["X-CC-Conversation"] == "new"
+            assert heard(real.api.bodies[-1]) == [("user", [real_text(line)])]
+            assert wait_until(lambda: get(url, "/status")[2]["processes"]["spare"] == 2, 10)
+    assert len(real.api.bodies) == 2
+    first, second = map(told, real.api.bodies)
+    assert first == {**second, "messages": first["messages"]}
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("dialect, streamed", [("chat", True), ("messages", False)])
+def test_a_client_that_goes_ends_the_turn_and_its_process_within_2_s(real, dialect, streamed):
+    body = {"model": MODEL, "max_tokens": 5000, "stream": streamed,
+            "messages": [{"role": "user", "content": "SLOW LONG:300"}]}
+    parts = urllib.parse.urlsplit(real.url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port)
+    connection.request("POST", PATHS[dialect], json.dumps(body),
+                       {"Content-Type": "application/json"})
+    if streamed:
+        assert connection.getresponse().read(20)
+    assert wait_until(lambda: real.api.bodies, 10)
+    before = children()
+    connection.close()
+    assert wait_until(lambda: before - children() and real.api.broken, 2)
+    now = get(real.url, "/status")[2]["processes"]
+    assert now["all"] == now["spare"] + now["idle"] + now["parked"]
+
+
+@pytest.mark.real_cli
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number, code", [("SIGTERM", 0), ("SIGKILL", -9)])
+def test_no_child_is_left_when_the_proxy_has_ended(real, tmp_path, number, code):
+    proxy = subprocess.Popen(
+        [sys.executable, ccproxy.__file__, "--port", "0", "--claude", real.claude, "--model", MODEL,
+         "--warm", "1", "--drain-timeout", "0.3", "--state-dir", str(tmp_path)], cwd=str(tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        line = proxy.stdout.readline().decode()
+        url = re.search(r"ANTHROPIC_BASE_URL=(\S+)", line).group(1)
+        assert Client(url, "messages", tools=[tool("look")]).ask("CALL:look ARGS:{}").calls
+        body = {"model": MODEL, "stream": True,
+                "messages": [{"role": "user", "content": "SLOW LONG:99"}]}
+        connection, response = connect(url, PATHS["chat"], body)
+        assert response.read(20)
+        started = children(proxy.pid)
+        assert len(started) >= 2
+        proxy.send_signal(getattr(signal, number))
+        assert proxy.wait(10) == code
+        assert wait_until(lambda: not started & set(processes()), 0.1 if code == 0 else 5)
+        connection.close()
+    finally:
+        proxy.kill()
+        proxy.communicate()
