@@ -1592,10 +1592,10 @@ class Claude:
 
 REFUSAL_TRIES = 4               # parameters dropped for one request, at most
 REFUSAL_DAYS = 30               # then a model is asked again: vendors lift restrictions, too
-# A process that is busy plays its turn out when its input ends.  If the proxy is killed, this reads
-# the end of its own input and kills the groups that are left.
-WATCHDOG = """/^-/ {delete left[substr($0, 2)]; next} {left[$0]}
-END {for (pid in left) system("kill -9 -- -" pid " 2>/dev/null")}"""
+# A busy process plays its turn out when its input ends.  If the proxy is killed, this reads the end
+# of its own input, in the background of a shell that is gone, and kills the groups that are left.
+WATCHDOG = """exec 3<&0; awk '/^-/ {delete left[substr($0, 2)]; next} {left[$0]}
+END {for (pid in left) system("kill -9 -- -" pid)}' <&3 3<&- &"""
 CLAUDE_PLACES = ("~/.claude/local", "~/.local/bin", "~/.npm-global/bin", "~/.bun/bin",
                  "~/.volta/bin", "/opt/homebrew/bin", "/usr/local/bin")
 
@@ -1726,16 +1726,18 @@ class Conversations:
         self._undecided: set[Reply] = set()         # turns before their first delta
         self._waiting = self._failures = 0          # requests in line; spares that died early
         self._closers: set[asyncio.Task] = set()
+        self._watchdog: subprocess.Popen | None = None
 
     async def start(self) -> None:
         self._changed, self._known = asyncio.Event(), asyncio.Event()   # 3.9 binds the loop here
         self._check, self._places = asyncio.Lock(), asyncio.Semaphore(self.settings.max_processes)
         self._cwd = tempfile.mkdtemp(prefix="ccproxy-")
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
-        self._watchdog = None
-        with contextlib.suppress(OSError):  # without awk a busy process ends with its turn
-            self._watchdog = subprocess.Popen(["awk", WATCHDOG], stdin=subprocess.PIPE,
-                                              start_new_session=True) if POSIX else None
+        nowhere = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+        with contextlib.suppress(OSError):  # on Windows a busy process ends with its turn
+            self._watchdog = subprocess.Popen(["sh", "-c", WATCHDOG], stdin=subprocess.PIPE,
+                                              start_new_session=True, **nowhere)
+            self._watchdog.wait()
 
     def _watch(self, word: str) -> None:
         """Tell the watchdog of a process, or with a minus that it is gone."""
@@ -1753,7 +1755,7 @@ class Conversations:
                 self._close(claude)
             await asyncio.wait(self._closers)
         if self._watchdog:
-            self._watchdog.communicate()
+            self._watchdog.stdin.close()
         shutil.rmtree(self._cwd, ignore_errors=True)
 
     async def command(self) -> list[str]:
