@@ -1595,7 +1595,7 @@ REFUSAL_DAYS = 30               # then a model is asked again: vendors lift rest
 # A busy process plays its turn out when its input ends.  If the proxy is killed, this reads the end
 # of its own input, in the background of a shell that is gone, and kills the groups that are left.
 WATCHDOG = """exec 3<&0; awk '/^-/ {delete left[substr($0, 2)]; next} {left[$0]}
-END {for (pid in left) system("kill -9 -- -" pid)}' <&3 3<&- &"""
+END {for (pid in left) system("kill -9 -" pid)}' <&3 3<&- &"""
 CLAUDE_PLACES = ("~/.claude/local", "~/.local/bin", "~/.npm-global/bin", "~/.bun/bin",
                  "~/.volta/bin", "/opt/homebrew/bin", "/usr/local/bin")
 
@@ -1810,7 +1810,9 @@ class Conversations:
         model, tries, deaths = self.resolve(turn.model), 0, 0
         while True:
             plan = self.refusals.apply(turn, self._full_id(model))
-            lost = set(features(turn)) - set(features(plan))
+            kept = features(plan)           # of what the caller said, and of what it sent back
+            lost = [name for name, feature in features(turn).items() if kept.get(name) != feature
+                    and name in {"thinking_blocks", *turn.said}]
             receipt.ignored = sorted({*turn.ignored, *(turn.said.get(name, name) for name in lost)})
             stream = self._play(plan, model, message, receipt)
             try:
