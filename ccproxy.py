@@ -1181,6 +1181,7 @@ class Reply:
     model = ""                              # as system/init names it
     retry_after = 0                         # seconds, as the CLI says what it was told
     _begun = _visible = _called = False     # message_start, something to see, a client's call
+    _valid = False                          # the CLI took the answer, maybe before its message ended
     _blocks = _starts = 0                   # blocks sent on, messages begun
     _answer = ""                            # id of the answer tool's call
     _answer_at = -1                         # and our index of its block
@@ -1243,6 +1244,8 @@ class Reply:
             return self._finish(event) if spent else None   # at once: the CLI would ask for more
         if kind != "message_stop":
             return [event]
+        if self._valid and self._closing:
+            return self._finish_answer()
         waits = self._strict and (self._answer or not self._called)
         if waits or not self._closing:          # the CLI validates the answer, or asks for it
             return None
@@ -1284,14 +1287,18 @@ class Reply:
         held = [] if self.turn.stream else self._held
         return [*held, closing, {"type": "message_stop"}]
 
+    def _finish_answer(self) -> list[dict]:
+        return self._finish({**self._closing, "delta": {"stop_reason": "end_turn",
+                                                        "stop_sequence": None}})
+
     def _verdict(self, content: list[dict]) -> list[dict] | None:
         """The CLI's word on the answer tool's call: valid, or what is wrong with it."""
         told = next((b for b in content if b.get("tool_use_id") == self._answer), None)
         if told is None:
             return None
         if not told.get("is_error"):
-            delta = {"stop_reason": "end_turn", "stop_sequence": None}
-            return self._finish({"type": "message_delta", **self._closing, "delta": delta})
+            self._valid = True
+            return self._finish_answer() if self._closing else None     # usage is still to come
         if self.turn.stream:
             self.failed = ApiError("backend_error", "the model's JSON does not match the schema: "
                                    f"{str(told.get('content'))[:300]}; try again")
