@@ -2415,6 +2415,30 @@ def test_what_clients_do_not_send_back_exactly_does_not_change_the_key(one, othe
     assert canonical(*one) == canonical(*other)
 
 
+@pytest.mark.parametrize("reason, told", [("tool_use", "end_turn"), ("max_tokens", "max_tokens")])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_validated_before_its_message_ends_keeps_usage_and_reason(
+        streamed, reason, told):
+    reply = Reply(ccproxy.Turn("m", schema={"type": "object"}, stream=streamed))
+    events = [{"type": "message_start", "message": {"id": "msg_1", "usage": {}}},
+              {"type": "content_block_start", "index": 0, "content_block": {
+                  "type": "tool_use", "id": "toolu_1", "name": "StructuredOutput", "input": {}}},
+              {"type": "content_block_delta", "index": 0, "delta": {
+                  "type": "input_json_delta", "partial_json": "{}"}},
+              {"type": "content_block_stop", "index": 0}]
+    verdict = {"type": "user", "message": {"content": [
+        {"type": "tool_result", "tool_use_id": "toolu_1", "content": "ok"}]}}
+    last = [{"type": "message_delta", "delta": {"stop_reason": reason}, "usage": {
+        "output_tokens": 7}}, {"type": "message_stop"}]
+    lines = [{"type": "stream_event", "event": event} for event in events] + [verdict] + [
+        {"type": "stream_event", "event": event} for event in last]
+    message = Message("t", "m", 0)
+    for event in [event for line in lines for event in reply.feed(line)]:
+        message.add(event)
+    assert (message.done, message.stop_reason, message.usage) == (True, told, {"output_tokens": 7})
+    assert message.said("text") == "{}"
+
+
 # == Server, access, command line, processes =======================================================
 
 # == the bench =====================================================================================
