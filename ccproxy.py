@@ -104,10 +104,18 @@ class Died(ApiError):
         super().__init__("backend_error", message)
 
 
+def finite(text: str) -> float:
+    """A JSON number.  ValueError for NaN, Infinity and 1e400, which other parsers refuse."""
+    value = float(text)
+    if math.isfinite(value):
+        return value
+    raise ValueError(f"{text[:20]} is no JSON number")
+
+
 def parse_input(text: str) -> Any:
     """A tool call's arguments:  '' -> {},  '{"a":1}' -> {"a": 1},  cut off -> the text itself."""
     try:
-        return json.loads(text or "{}")
+        return json.loads(text or "{}", parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError):
         return text
 
@@ -237,6 +245,12 @@ def size(value: Any) -> int:
     return int(found.group(1)) * 1024 ** ("kmg".find(found.group(2) or " ") + 1)
 
 
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("expected a text")
+    return value.strip()
+
+
 def flag(value: Any) -> bool:
     if str(value).strip().lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
         raise ValueError("expected true or false")
@@ -247,11 +261,11 @@ whole, seconds = within(int, 0), within(float, 0.001)
 
 
 OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> default, check, help
-    "host": ("127.0.0.1", str, "address to listen on; others than loopback need a key"),
+    "host": ("127.0.0.1", text, "address to listen on; others than loopback need a key"),
     "port": (8082, within(int, 0, 65535), "port to listen on; 0 picks a free one"),
-    "api_key": ("", str, "key that callers must send (Bearer or x-api-key)"),
-    "claude": ("", str, "claude binary; `echo` is the built-in stand-in (default: search)"),
-    "model": ("default", str, "model for names that nothing else explains"),
+    "api_key": ("", text, "key that callers must send (Bearer or x-api-key)"),
+    "claude": ("", text, "claude binary; `echo` is the built-in stand-in (default: search)"),
+    "model": ("default", text, "model for names that nothing else explains"),
     "models": ({}, mapping, "model names to map, as NAME=MODEL,...; NAME may hold *"),
     "max_processes": (8, within(int, 1), "CLI processes at once, spares included"),
     "warm": (2, whole, "spare processes that wait for new conversations"),
@@ -267,9 +281,9 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "max_connections": (1000, within(int, 1), "open connections at once"),
     "allow_hosts": ([], words, "further Host names to answer to, comma-separated"),
     "allow_origins": ([], words, "browser origins that may call, comma-separated"),
-    "tls_cert": ("", str, "TLS certificate chain (PEM file)"),
-    "tls_key": ("", str, "TLS private key (PEM file)"),
-    "state_dir": ("", str, "folder for what is learned (default: the user's state folder)"),
+    "tls_cert": ("", text, "TLS certificate chain (PEM file)"),
+    "tls_key": ("", text, "TLS private key (PEM file)"),
+    "state_dir": ("", text, "folder for what is learned (default: the user's state folder)"),
     "quiet": (False, flag, "no log line per request"),
 }
 
@@ -282,7 +296,7 @@ class Settings:
             raise ConfigError(f"unknown setting {name!r}; `ccproxy.py --help` lists them")
         for name, (default, check, _) in OPTIONS.items():
             try:
-                setattr(self, name, check(values.get(name, default)))
+                setattr(self, name, check(default if values.get(name) is None else values[name]))
             except (ValueError, TypeError) as exc:
                 raise ConfigError(f"{name}: {exc}") from None
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -297,13 +311,13 @@ def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Setti
         if path:
             parser = importlib.import_module("tomllib" if path.endswith(".toml") else "json")
             with open(path, encoding="utf-8") as file:
-                values = dict(parser.loads(file.read()))
+                values = {**parser.loads(file.read())}
     except ImportError:
         raise ConfigError(f"{path}: TOML needs Python 3.11; use ccproxy.json instead") from None
-    except (OSError, ValueError, TypeError) as exc:
+    except (OSError, ValueError, TypeError, RecursionError) as exc:
         raise ConfigError(f"{path}: {exc}") from None
     dotenv: dict[str, str] = {}
-    with contextlib.suppress(OSError), open(".env", encoding="utf-8") as lines:
+    with contextlib.suppress(OSError), open(".env", errors="replace") as lines:
         for name, _, value in (line.strip().partition("=") for line in lines):
             dotenv[name.replace("export ", "", 1).strip()] = value.strip().strip("\"'")
     for source in (dotenv, environ):
@@ -411,10 +425,6 @@ def sse_frame(value: Any, event: str = "") -> bytes:
 
 def parse_json(body: bytes) -> dict:
     """A request body as an object.  ApiError names what is wrong with it."""
-    def finite(text: str) -> float:
-        if math.isfinite(float(text)):          # neither NaN nor Infinity nor 1e400
-            return float(text)
-        raise ValueError(f"{text[:20]} is no JSON number")
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError) as exc:
@@ -702,7 +712,7 @@ def parse_stop(value: Any, where: str) -> list[str]:
 
 def parse_thinking(value: Any, where: str) -> dict:
     kinds, kind = ("enabled", "adaptive", "disabled"), need(value, where, dict).get("type")
-    if need(kind, where + ".type", str, among=kinds) == "enabled":
+    if need(kind, where + ".type", str, among=kinds) == "enabled" or "budget_tokens" in value:
         need(value.get("budget_tokens"), where + ".budget_tokens", int, low=1024)
     return value
 
@@ -776,6 +786,8 @@ def parse_body(body: dict) -> Turn:
     if body.get("n") is not None and need(body["n"], "n", int, low=1) > 1:
         raise refusal("n", "one choice a request; send n requests instead")
     model, ignored = need(body.get("model"), "model", str), set()
+    if len(model) > 256:                    # every chunk repeats it
+        raise refusal("model", "longer than 256 characters")
     fields, said = parse_fields(body, ignored)
     system, messages = parse_history(body.get("messages"))
     system = "\n\n".join(filter(None, (parse_text(body.get("system"), "system"), system)))
@@ -1010,6 +1022,7 @@ REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error messag
     "temperature": r"\btemperature\b", "top_p": r"\btop_p\b", "top_k": r"\btop_k\b",
     "stop_sequences": r"\bstop_sequences\b", "tool_choice": r"\btool_choice\b",
     "effort": r"\beffort\b", "thinking": r"\bthinking\b"}
+VALUE = re.compile("hould|less than|greater than|not found|nvalid|shorter|longer|requires")
 THOUGHTS = ("thinking", "redacted_thinking")
 SINGLE = "disable_parallel_tool_use"
 
@@ -1058,7 +1071,12 @@ def refusal_rule(turn: Turn, message: str) -> dict | None:
         named = [entry for entry in named if entry[2] != "thinking"]
     names = [name for _, _, name in named if "budget_tokens" not in message]
     names = ["thinking_blocks"] if "thinking_blocks" in names else names
-    return {"drop": found[names[0]], "with": sorted(found[n] for n in names[1:])} if names else None
+    if not names or re.match(r"(tools|system)\.|messages\.", message) and names[0] in turn.fields:
+        return None                         # it speaks of something else
+    rule = {"drop": found[names[0]], "with": sorted(found[n] for n in names[1:])}
+    if "signature" in message:              # that is the history's fault, not the model's
+        return {**rule, "once": True}
+    return {**rule, "value": turn.fields.get(names[0])} if VALUE.search(message) else rule
 
 
 def with_thinking(turn: Turn, refused: list[str]) -> Turn:
@@ -1138,9 +1156,8 @@ def mcp_answer(message: dict, tools: list[dict], result: dict | None = None) -> 
         answer = {"protocolVersion": message["params"]["protocolVersion"],
                   "capabilities": {"tools": {}}, "serverInfo": {"name": SERVER, "version": "1"}}
     elif message.get("method") == "tools/list":
-        answer = {"tools": [{"name": tool["name"], "description": tool.get("description") or "",
-                             "inputSchema": tool.get("input_schema") or {"type": "object"}}
-                            for tool in tools]}
+        answer = {"tools": [{"name": tool["name"], "inputSchema": {"type": "object"}}
+                            for tool in tools]}     # one odd schema would lose them all
     return {"mcp_response": {"jsonrpc": "2.0", "id": message.get("id", 0), "result": answer}}
 
 
@@ -1326,7 +1343,7 @@ class Reply:
 
 READ_SIZE = 256 * 1024          # bytes a read of stdout may bring
 LINE_LIMIT = 64 * 2**20         # bytes; images come back twice on one line
-INBOX_LIMIT = 4096              # lines a slow reader may lie behind before the pump waits for it
+INBOX_LIMIT = 512               # lines a slow reader may lie behind before the pump waits for it
 SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
@@ -1637,8 +1654,10 @@ async def find_claude(wanted: str) -> tuple[list[str], str]:
         process = await asyncio.create_subprocess_exec(
             found, "--version", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env=claude_env(os.environ, 0, 0))
-        told = (await asyncio.wait_for(process.communicate(), 20))[0].decode("utf-8", "replace")
+        told = (await asyncio.wait_for(process.communicate(), 10))[0].decode("utf-8", "replace")
     except (OSError, asyncio.TimeoutError) as exc:
+        with contextlib.suppress(NameError, ProcessLookupError):
+            process.kill()
         raise ApiError("unavailable", f"{found} does not run ({exc!r}); install it: {INSTALL}") from exc
     if parse_version(told) < CLI_FLOOR:
         raise ApiError("unavailable", f"Claude Code {told.strip()[:40]!r} is older than "
@@ -1674,28 +1693,29 @@ class Refusals:
 
     def __init__(self, path: str) -> None:
         self.path, self.rules = path, {}            # model -> [{"drop", "with", "at"}]
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError,
+                                 RecursionError):
             with open(path, encoding="utf-8") as file:
                 oldest = time.time() - REFUSAL_DAYS * 86400
-                self.rules = {model: [r for r in rules if r["at"] > oldest and r["drop"]]
+                self.rules = {model: [r for r in rules if r["at"] > oldest and r["drop"]
+                                      and all(isinstance(name, str) for name in r["with"])]
                               for model, rules in json.load(file).items()}
 
-    def apply(self, turn: Turn, model: str) -> Turn:
-        """The turn without what the model is known to refuse."""
-        rules = self.rules.get(model, [])
+    def apply(self, turn: Turn, model: str, more: list[dict]) -> Turn:
+        """The turn without what the model is known to refuse, and without `more`."""
+        rules = self.rules.get(model, []) + more
         turn = with_thinking(turn, [rule["drop"] for rule in rules if not rule["with"]])
         for rule in rules:
             found = features(turn)
             for name in [n for n, feature in found.items() if feature == rule["drop"]]:
-                turn = without(turn, name) if set(rule["with"]) <= set(found.values()) else turn
+                same = rule.get("value") in (None, turn.fields.get(name))
+                turn = without(turn, name) if same and {*rule["with"]} <= {*found.values()} else turn
         return turn
 
-    def learn(self, turn: Turn, model: str, message: str) -> bool:
-        """Remember what an error message refuses; False if it names nothing that the turn sets."""
-        rule = refusal_rule(turn, message)
-        if rule is None:
-            return False
-        self.rules.setdefault(model, []).append({**rule, "at": int(time.time())})
+    def learn(self, model: str, rules: list[dict]) -> None:
+        """Remember rules that have helped."""
+        self.rules.setdefault(model, []).extend(
+            {**rule, "at": int(time.time())} for rule in rules if not rule.get("once"))
         try:                                # in one step: no reader meets half a file
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             handle, draft = tempfile.mkstemp(dir=os.path.dirname(self.path))    # 0600
@@ -1704,7 +1724,6 @@ class Refusals:
             os.replace(draft, self.path)
         except OSError as exc:
             say(f"cannot keep what models refuse in {self.path}: {exc}")
-        return True
 
 
 def state_dir(settings: Settings) -> str:
@@ -1736,15 +1755,15 @@ class Conversations:
         self._watchdog: subprocess.Popen | None = None
 
     async def start(self) -> None:
-        self._changed, self._known = asyncio.Event(), asyncio.Event()   # 3.9 binds the loop here
+        self._changed = asyncio.Event()             # 3.9 binds the loop here
         self._check, self._places = asyncio.Lock(), asyncio.Semaphore(self.settings.max_processes)
         self._cwd = tempfile.mkdtemp(prefix="ccproxy-")
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
         nowhere = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-        with contextlib.suppress(OSError):  # on Windows a busy process ends with its turn
-            self._watchdog = subprocess.Popen(["sh", "-c", WATCHDOG], stdin=subprocess.PIPE,
-                                              start_new_session=True, **nowhere)
-            self._watchdog.wait()
+        with contextlib.suppress(OSError):  # elsewhere a busy process ends with its turn
+            self._watchdog = POSIX and subprocess.Popen(["sh", "-c", WATCHDOG], stdin=subprocess.PIPE,
+                                                        start_new_session=True, **nowhere)
+            self._watchdog and self._watchdog.wait()
 
     def _watch(self, word: str) -> None:
         """Tell the watchdog of a process, or with a minus that it is gone."""
@@ -1782,10 +1801,9 @@ class Conversations:
     async def known_models(self) -> list[dict]:
         """The models that the CLI reports; a process is asked if none has told them yet."""
         await self.command()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._known.wait(), 10 if self.settings.warm > 1 else 0.01)
         if not self.models:
-            await self._rehearse(await self._fresh(b"", self.settings.model), Turn(""), keep=False)
+            claude = await self._fresh(b"", self.settings.model)
+            await self._rehearse(claude, Turn(""), self.settings.warm > 0)
         return self.models
 
     def resolve(self, asked: str) -> str:
@@ -1814,9 +1832,9 @@ class Conversations:
         Before its first event a turn is tried again: without what the model refuses, and once on
         a new process if the first one died.
         """
-        model, tries, deaths = self.resolve(turn.model), 0, 0
+        model, deaths, learned = self.resolve(turn.model), 0, []
         while True:
-            plan = self.refusals.apply(turn, self._full_id(model))
+            plan = self.refusals.apply(turn, self._full_id(model), learned)
             kept = features(plan)           # of what the caller said, and of what it sent back
             lost = [name for name, feature in features(turn).items() if kept.get(name) != feature
                     and name in {"thinking_blocks", *turn.said}]
@@ -1824,16 +1842,17 @@ class Conversations:
             stream = self._play(plan, model, message, receipt)
             try:
                 async for burst in stream:
+                    if learned and not message.start:       # the model takes it now
+                        self.refusals.learn(self._full_id(model), learned)
                     yield burst
                 return
             except ApiError as error:
                 deaths += isinstance(error, Died)
-                tries += error.status == 400
-                again = deaths == 1 if isinstance(error, Died) else error.status == 400 and (
-                    tries <= REFUSAL_TRIES
-                    and self.refusals.learn(plan, self._full_id(model), error.message))
-                if message.start or not again:
+                rule = refusal_rule(plan, error.message) if error.status == 400 else None
+                if message.start or not (rule and len(learned) < REFUSAL_TRIES) and not (
+                        deaths == 1 and isinstance(error, Died)):
                     raise
+                learned += [rule] if rule else []
             finally:
                 await stream.aclose()
 
@@ -1853,6 +1872,7 @@ class Conversations:
                 if reply.done:              # the caller folds before the end is told
                     events.pop()
                 if events:
+                    self._failures, self.trouble = 0, ""
                     self._undecided.discard(reply)
                     yield events
                 if reply.failed:
@@ -1990,16 +2010,21 @@ class Conversations:
             self._close(claude)
 
     def _close(self, claude: Claude) -> None:
-        """Forget a process and end it; its place is free at once."""
+        """Forget a process and end it; then its place is free."""
         if claude not in self.fleet:
             return
+        if claude in self.spares or claude in self.idle.values():
+            claude.signal(SIGKILL)          # it does nothing, and its place is wanted
         self.fleet.discard(claude)
         self.spares = [spare for spare in self.spares if spare is not claude]
         self.idle = {key: idle for key, idle in self.idle.items() if idle is not claude}
-        closer = asyncio.get_running_loop().create_task(claude.close())
+        closer = asyncio.get_running_loop().create_task(self._end(claude))
         self._closers.add(closer)
         closer.add_done_callback(self._closers.discard)
-        closer.add_done_callback(lambda _: self._watch(f"-{claude.process.pid}"))
+
+    async def _end(self, claude: Claude) -> None:
+        await claude.close()
+        self._watch(f"-{claude.process.pid}")
         self._places.release()
         self._changed.set()
 
@@ -2013,13 +2038,12 @@ class Conversations:
             except Exception as error:      # the keeper must not die: no spares would come
                 self.trouble = getattr(error, "message", "") or repr(error)
                 self._failures += 1
-                self._known.set()           # who waits for models may ask for itself
             for claude in list(self.idle.values()):
                 if clock() - claude.last_used > ttl_s[bool(claude.awaited)]:
                     self._close(claude)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), min(5, *(ttl / 4 for ttl in ttl_s)))
-            await asyncio.sleep(min(30.0, 2.0 ** self._failures / 4) if self._failures else 0)
+            await asyncio.sleep(2.0 ** min(self._failures, 7) / 4 if self._failures else 0)
             patience = clock() + 1
             while self._undecided and clock() < patience:
                 await asyncio.sleep(0.01)
@@ -2054,7 +2078,6 @@ class Conversations:
             self._full_ids.setdefault(claude.model, claude.init.get("model") or "")
             self._failures, self.trouble = 0, ""
             self.spares += [claude] * keep
-            self._known.set()
         finally:
             if claude not in self.spares:
                 self._close(claude)
@@ -2118,12 +2141,22 @@ class Wire(asyncio.StreamReaderProtocol):
     """asyncio's streams, which tell of a client's end only to who reads; a turn does not read."""
     connection: Connection
 
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        super().__init__(asyncio.StreamReader(MAX_HEAD), self.opened)
+
+    def opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        full = len(self.server.connections) >= self.server.limit
+        self.connection = Connection(self.server, reader, writer, full)
+        self.server.connections.add(self.connection)
+
     def eof_received(self) -> bool | None:
         self.connection.half_closed()
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.server.connections.discard(self.connection)
         self.connection.task.cancel()
 
 
@@ -2159,17 +2192,18 @@ class Connection:
         except Exception:
             traceback.print_exc()
         finally:
-            self.server.connections.discard(self)
             if self.head_sent and not self._body_read and not self.writer.is_closing():
                 await self._linger()
-            self.writer.close()
+            self.writer.close()             # what the client does not take is dropped at last
+            asyncio.get_running_loop().call_later(WRITE_TIMEOUT, self.writer.transport.abort)
 
     async def _read_head(self) -> bytes:
         """The next request's head; empty when the client has ended, is idle or too slow."""
-        first = b"\r"
         try:
-            while first in (b"\r", b"\n"):      # RFC 9112, 2.2: a blank line left over
+            for _ in range(8):              # RFC 9112, 2.2: a blank line may be left over
                 first = await asyncio.wait_for(self.reader.read(1), IDLE_TIMEOUT)
+                if first not in (b"\r", b"\n"):
+                    break
             rest = self.reader.readuntil(b"\r\n\r\n")
             return first + await asyncio.wait_for(rest, HEAD_TIMEOUT)
         except (asyncio.IncompleteReadError, asyncio.TimeoutError):
@@ -2315,26 +2349,20 @@ class Server:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             self.limit = min(self.limit, max(8, hard - 128)) if hard > 0 else self.limit
         self._server = await asyncio.get_running_loop().create_server(
-            self._wire, self.settings.host, self.settings.port, backlog=512, ssl=context)
+            lambda: Wire(self), self.settings.host, self.settings.port, backlog=512, ssl=context)
         return self._server.sockets[0].getsockname()[1]
-
-    def _wire(self) -> Wire:
-        def opened(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            full = len(self.connections) >= self.limit
-            wire.connection = Connection(self, reader, writer, full)
-            self.connections.add(wire.connection)
-        wire = Wire(asyncio.StreamReader(MAX_HEAD), opened)
-        return wire
 
     async def stop(self) -> None:
         """No new connections; running answers get drain_timeout."""
         self.stopping, started = True, time.monotonic()
         self._server.close()
         while self.connections:
-            late = time.monotonic() - started > self.settings.drain_timeout
-            for connection in self.connections:
+            late = max(0.0, time.monotonic() - started - self.settings.drain_timeout)
+            for connection in list(self.connections):
                 if late or connection.request is None:
                     connection.task.cancel()
+                if late > LINGER:           # it has been told, and takes nothing
+                    connection.writer.transport.abort()
             await asyncio.sleep(0.02)
 
 
@@ -2366,9 +2394,7 @@ def route_path(path: str) -> tuple[str, str]:
     parts = [part for part in path.split("/") if part] + ["models"] * bool(slash)
     if len(parts) > 1 and parts[0] in PREFIXES and parts[1] != "completions":
         del parts[0]
-    while "v1" in parts:
-        del parts[:parts.index("v1") + 1]
-    known, model = "/" + "/".join(parts), model.strip("/")
+    known, model = "/" + "/".join(part for part in parts if part != "v1"), model.strip("/")
     for base in ("/chat/completions", "/messages"):
         if known.startswith(base) and known[len(base):] in ROUTES:
             known = known[len(base):]
@@ -2519,7 +2545,9 @@ class App:
             error = ApiError("invalid_request", "body: nested too deeply")
         except (asyncio.CancelledError, ConnectionError):
             call.status, call.failure = 499, "the client is gone"
-            raise
+            if not self.server.stopping or connection.writer.is_closing():
+                raise
+            error = ApiError("unavailable", "the proxy is being stopped")
         except Exception:
             traceback.print_exc()
             error = ApiError("internal_error", "a bug in ccproxy; its log says more")
