@@ -4,6 +4,7 @@ The bench first: a fake Anthropic API and its clients.  Then what is pure; then 
 command line and misbehaving processes, with the stand-in as the CLI; last, marked real_cli, a real
 claude binary (CCPROXY_TEST_CLAUDE or PATH) between the proxy and the fake API.
 """
+import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -4135,6 +4136,131 @@ def test_running_gives_up_its_port_processes_and_folder(tmp_path):
     assert not any(map(alive, fake.pids))
     with pytest.raises(OSError):
         http_connect(base)
+
+
+# -- what an attack has found
+
+@pytest.mark.parametrize("fields, message, rule", [
+    ({"top_k": 600}, "top_k: Input should be less than or equal to 500",
+     {"drop": "top_k", "with": [], "value": 600}),
+    ({"temperature": 0.5}, "tools.0.custom.input_schema: property temperature must be object", None),
+    ({"temperature": 0.5}, "`temperature` is deprecated for this model.",
+     {"drop": "temperature", "with": []})])
+def test_a_bad_value_teaches_nothing_about_other_values(fields, message, rule):
+    assert ccproxy.refusal_rule(turn(fields=fields), message) == rule
+
+
+def test_a_rule_for_one_value_leaves_other_values_alone(tmp_path):
+    refusals = ccproxy.Refusals(str(tmp_path / "refusals.json"))
+    refusals.learn("m", [{"drop": "top_k", "with": [], "value": 600}])
+    again = ccproxy.Refusals(refusals.path)
+    assert "top_k" not in again.apply(turn(fields={"top_k": 600}), "m", []).fields
+    assert again.apply(turn(fields={"top_k": 5}), "m", []).fields["top_k"] == 5
+
+
+def test_a_bad_signature_of_one_history_is_not_learned_for_the_model(tmp_path):
+    thought = {"type": "thinking", "thinking": "hm", "signature": "x"}
+    asked = turn(messages=(ASK, {"role": "assistant", "content": [thought]}, ASK))
+    rule = ccproxy.refusal_rule(asked, "messages.1.content.0: Invalid `signature` in `thinking` block")
+    refusals = ccproxy.Refusals(str(tmp_path / "refusals.json"))
+    assert "thinking_blocks" not in ccproxy.features(refusals.apply(asked, "m", [rule]))
+    refusals.learn("m", [rule])
+    assert "thinking_blocks" in ccproxy.features(refusals.apply(asked, "m", []))
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, '{"m": 5}', '{"m": [{"drop": "top_k"}]}',
+                                     '{"m": [{"drop": "top_k", "with": [[1]], "at": 9e9}]}'])
+def test_damaged_state_is_read_as_none(tmp_path, content):
+    path = tmp_path / "refusals.json"
+    path.write_text(content)
+    fields = {"top_k": 5, "thinking": {"type": "disabled"}}
+    assert ccproxy.Refusals(str(path)).apply(turn(fields=fields), "m", []).fields == fields
+
+
+def test_a_flood_of_blank_lines_ends_the_connection(url):
+    with contextlib.suppress(ConnectionError):
+        assert b" 200 " not in talk(url, b"\r\n" * 500_000)
+    assert b" 200 " in talk(url, request("GET /health"))
+
+
+@both_dialects
+@pytest.mark.parametrize("more, name", [
+    ({"model": "m" * 300}, "model"),
+    ({"thinking": {"type": "adaptive", "budget_tokens": "x"}}, "thinking.budget_tokens"),
+    ({"thinking": {"type": "disabled", "budget_tokens": None}}, "thinking.budget_tokens")])
+def test_a_mistyped_budget_or_an_endless_model_name_is_refused(url, dialect, more, name):
+    answer = http_post(url, "hi", dialect, **more)
+    assert answer.status == 400 and name in answer.error["message"]
+
+
+@pytest.mark.parametrize("arguments", ['{"a": NaN}', '{"a": 1e999}', '{"a": -Infinity}'])
+def test_arguments_that_are_no_json_are_refused_before_the_cli_sees_them(url, arguments):
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "x"}]
+    answer = http_post(url, said)
+    assert answer.status == 400 and "arguments" in answer.error["param"]
+
+
+def test_cancelled_turns_never_make_more_processes_than_are_allowed(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path, max_processes=2, queue_timeout=10.0) as base:
+        for _ in range(6):
+            sock = http_connect(base, request("POST /v1/messages", body=question(
+                "/slow a b c", stream=True)))
+            sock.recv(10)
+            hang_up(sock, "reset")
+            assert sum(map(alive, fake.pids)) <= 2
+        assert http_post(base, "hi").status == 200
+    assert gone(fake.pids)
+
+
+def test_models_are_told_at_once_by_one_process(tmp_path):
+    with serving(tmp_path, max_processes=1, warm=2) as base:
+        started = time.monotonic()
+        assert ask(base, "GET /v1/models").status == 200
+        assert time.monotonic() - started < 5
+
+
+def test_the_spares_come_back_after_very_long_trouble(tmp_path):
+    talk = ccproxy.Conversations(ccproxy.Settings(claude="echo", state_dir=str(tmp_path)))
+    talk._failures = 5000
+
+    async def live():
+        await talk.start()
+        await asyncio.sleep(0.3)
+        kept = not talk._keeper.done()
+        await talk.stop()
+        return kept
+    assert asyncio.run(live())
+
+
+@pytest.mark.parametrize("value", [None, False, 5])
+def test_a_key_that_is_no_text_guards_nothing(value):
+    with pytest.raises(ccproxy.ConfigError):
+        ccproxy.App(ccproxy.Settings(host="0.0.0.0", api_key=value))
+
+
+@pytest.mark.parametrize("path", ["/evil/v1/messages", "/sdk/v1/messages", "/v1/x/v1/messages"])
+def test_what_stands_before_a_route_is_not_read_over(url, path):
+    assert http_post(url, "hi").status == 200
+    assert ask(url, "POST " + path, body=question("hi")).status == 404
+
+
+@pytest.mark.parametrize("schema", [{"type": "string"}, {"properties": 5}, {"required": None}])
+def test_the_cli_lists_tools_without_their_schemas(schema):
+    tools = [{"name": "f", "description": "d", "input_schema": schema}]
+    answer = ccproxy.mcp_answer({"method": "tools/list", "id": 1}, tools)
+    assert answer["mcp_response"]["result"] == {
+        "tools": [{"name": "f", "inputSchema": {"type": "object"}}]}
+
+
+def test_answers_cut_off_by_a_stop_say_so(tmp_path):
+    with serving(tmp_path, drain_timeout=0.3) as base:
+        sock = http_connect(base, request("POST /v1/messages", body=question(
+            "/slow " + "a " * 99, stream=True)))
+        assert sock.recv(10)
+    assert b"event: error" in read_all(sock)
 
 
 # == The real CLI ==================================================================================
