@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -4261,6 +4262,43 @@ def test_answers_cut_off_by_a_stop_say_so(tmp_path):
             "/slow " + "a " * 99, stream=True)))
         assert sock.recv(10)
     assert b"event: error" in read_all(sock)
+
+
+# -- README
+
+README = Path(ccproxy.__file__).with_name("README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"<!-- tested -->\n```(\w+)\n(.*?)```", README, re.S)
+
+
+def test_every_block_of_code_in_readme_is_run_by_a_test():
+    assert len(EXAMPLES) == README.count("```") // 2 >= 3
+
+
+@pytest.mark.parametrize("code", [code for kind, code in EXAMPLES if kind == "sh"])
+def test_the_curl_lines_of_readme_are_answered(url, code):
+    words = shlex.split(code.replace("\\\n", " "))
+    assert words[0] == "curl" and words[2:6:2] == ["-H", "-d"]
+    path = words[1].partition("8082")[2]
+    (answer,) = answers(talk(url, request("POST " + path, words[3], body=words[5].encode())))
+    assert answer.status == 200 and b"Hello" in answer.body
+
+
+@pytest.mark.parametrize("code", [code for kind, code in EXAMPLES if kind == "python"])
+def test_the_python_of_readme_prints_an_answer(tmp_path, code):
+    told = subprocess.run([sys.executable, "-c", code], cwd=str(tmp_path), timeout=60, env={
+        **os.environ, "PYTHONPATH": os.path.dirname(ccproxy.__file__),
+        "CCPROXY_STATE_DIR": str(tmp_path)}, stdout=subprocess.PIPE, check=True)
+    assert told.stdout.strip() == b"Hello"
+
+
+def test_readme_names_no_option_route_or_default_that_is_not_there():
+    flags = set(re.findall(r"--([a-z][a-z-]+)", README)) - {
+        "openai-api-base", "openai-api-key", "help"}
+    assert flags and flags <= {name.replace("_", "-") for name in ccproxy.OPTIONS}
+    for path in re.findall(r"`(/[a-z]+)`", README):
+        assert path in ccproxy.ROUTES or path == "/compact"
+    for name, default in re.findall(r"--([a-z-]+)`? \((\d+)(?: s)?\)", README):
+        assert ccproxy.OPTIONS[name.replace("-", "_")][0] == float(default)
 
 
 # == The real CLI ==================================================================================
