@@ -1544,38 +1544,35 @@ class Claude:
 
     async def lines(self, stall_s: float) -> list[dict]:
         """The lines that have come since; waits for one.  ApiError when it dies or is silent."""
-        while not self._inbox:
-            await self._wait(stall_s)
+        await self._until(lambda: self._inbox, stall_s)
         lines, self._inbox = list(self._inbox), deque()
         return lines
 
-    async def _wait(self, wait_s: float) -> None:
-        """Wait until something has come.  ApiError when it is dead, or silent for so long."""
-        slices = math.ceil(2 * wait_s)
-        for _ in range(slices):
-            if self.failure:
-                break
+    async def _until(self, done: Callable[[], Any], wait_s: float) -> None:
+        """Wait until something is so.  ApiError when it is dead, or silent for so long."""
+        slices = left = math.ceil(2 * wait_s)
+        while not done():
+            if self.failure or not left:
+                words = self.last_words() or "try `ccproxy.py doctor`"
+                raise self.failure or ApiError("timeout", f"claude was silent for {wait_s:g} s; "
+                                               f"{words}")
             if self._wake is None or self._wake.done():
                 self._wake = asyncio.get_running_loop().create_future()
-            if (await asyncio.wait({self._wake}, timeout=wait_s / slices))[0]:
-                return
-            if self.process.returncode is not None:     # while a grandchild keeps its pipes open
+            woken, _ = await asyncio.wait({self._wake}, timeout=wait_s / slices)
+            left = slices if woken else left - 1
+            if not woken and self.process.returncode is not None:   # a grandchild holds its pipes
                 self._fail(Died(f"claude ended (exit code {self.process.returncode})"))
-        words = self.last_words() or "try `ccproxy.py doctor`"
-        raise self.failure or ApiError("timeout", f"claude was silent for {wait_s:g} s; {words}")
 
     async def settle(self, wait_s: float) -> None:
         """Wait until the `result` of everything sent so far has come."""
         goal = self._seen + self._due
-        while self._seen < goal:
-            await self._wait(wait_s)
+        await self._until(lambda: self._seen >= goal, wait_s)
 
     async def ask(self, subtype: str, wait_s: float) -> dict:
         """The answer to a control request without arguments."""
         self.told.pop(subtype, None)
         self.send(self.control({"subtype": subtype}))
-        while subtype not in self.told:
-            await self._wait(wait_s)
+        await self._until(lambda: subtype in self.told, wait_s)
         return self.told[subtype]
 
     # -- its death
@@ -2401,18 +2398,6 @@ def route_path(path: str) -> tuple[str, str]:
     return known + "/" * bool(model), model
 
 
-def plain_error(error: ApiError) -> dict:
-    """The envelope outside of a dialect: readable by both SDK families."""
-    both = {**chat_error(error)["error"], **messages_error(error)["error"]}
-    return {"type": "error", "error": both}
-
-
-def error_headers(error: ApiError) -> dict[str, str]:
-    more = {"Retry-After": str(error.retry_after or ""), "WWW-Authenticate":
-            "Bearer" if error.status == 401 else "", "Content-Type": "application/json"}
-    return {name: value for name, value in more.items() if value}
-
-
 @dataclass
 class Call:
     """One request on its way through the app: what came, what is known, how it is answered."""
@@ -2476,9 +2461,13 @@ class Call:
     async def fail(self, error: ApiError) -> None:
         """Tell of a failure: a status before the first event, the dialect's own error after it."""
         self.status, self.failure = error.status, error.message
-        envelope = self.dialect.error(error) if self.dialect else plain_error(error)
+        both = {**chat_error(error)["error"], **messages_error(error)["error"]}     # for any reader
+        envelope = self.dialect.error(error) if self.dialect else {"type": "error", "error": both}
         if not self.connection.head_sent:
-            self.headers.update(error_headers(error))
+            if error.retry_after:
+                self.headers["Retry-After"] = str(error.retry_after)
+            if error.status == 401:
+                self.headers["WWW-Authenticate"] = "Bearer"
             await self.send(error.status, {**envelope, "request_id": self.name})
         elif self.turn and not self.message.done:
             self.write(self.dialect.frames(self.message, {**envelope, "type": "error"}))
@@ -2589,9 +2578,11 @@ class App:
 
     async def refuse(self, connection: Connection, error: ApiError) -> None:
         """Answer what was no request."""
+        call = Call(connection, Request("-", "", {}), asyncio.get_running_loop().time)
+        started = call.now()
+        await call.fail(error)
         if not self.settings.quiet:
-            say(f"{time.strftime('%H:%M:%S')} - {error.status} | {error.message[:200]}")
-        await connection.send(error.status, error_headers(error), encode_json(plain_error(error)))
+            say(call.log_line(started))
 
     async def _parse(self, call: Call) -> Turn:
         kind = call.request.headers.get("content-type", "").split(";")[0].strip().lower()

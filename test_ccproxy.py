@@ -3066,8 +3066,7 @@ def hang_up(sock, how):
     sock.close()
 
 
-@pytest.mark.parametrize("how", ["end", "reset"])
-@whole_and_streamed
+@pytest.mark.parametrize("how, stream", [("end", False), ("reset", True)])
 def test_the_process_of_a_client_that_is_gone_is_gone_within_2_s(tmp_path, stream, how):
     fake = noted_stand_in(tmp_path)
     with serving(tmp_path, claude=fake.path) as base:
@@ -3722,8 +3721,8 @@ BEFORE_ANY_EVENT = {
 }
 
 
-@whole_and_streamed
-@pytest.mark.parametrize("code, status, word", BEFORE_ANY_EVENT.values(), ids=BEFORE_ANY_EVENT)
+@pytest.mark.parametrize("code, status, word, stream", [    # by turns whole and streamed
+    (*row, n % 2 == 1) for n, row in enumerate(BEFORE_ANY_EVENT.values())], ids=BEFORE_ANY_EVENT)
 def test_a_cli_that_fails_before_its_first_event_gives_a_status(tmp_path, code, status, word,
                                                                 stream):
     (told, message), _ = ask_badly(tmp_path, code, "messages" if stream else "chat", stream)
