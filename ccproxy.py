@@ -468,7 +468,8 @@ def need(value: Any, where: str, *kinds: type, among: Any = None, low: float = -
     if among is not None and value not in among:
         raise refusal(where, f"expected one of {', '.join(among)}")
     if low > -math.inf and not low <= value <= high:
-        raise refusal(where, f"expected {low:g} " + (f"to {high:g}" if high < math.inf else "or more"))
+        upto = f"to {high:g}" if high < math.inf else "or more"
+        raise refusal(where, f"expected {low:g} {upto}")
     return value
 
 
@@ -946,7 +947,7 @@ ANSWER_HELP = ("Use this tool to return your final response in the requested str
                "You MUST call this tool exactly once at the end of your response.")
 NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
 SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
-ANSWER_TRIES = 5        # messages of the model until it has answered to a schema; 2.1.110 has no end
+ANSWER_TRIES = 5        # messages until the model has answered to a schema; 2.1.110 has no end
 PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the caller may decide
 OUTER_ENV = re.compile(r"CLAUDECODE$|CLAUDE_AGENT_|CCPROXY_|CLAUDE_CODE_(?!OAUTH_TOKEN$|USE_\w+$|"
                        r"SKIP_\w+_AUTH$|CLIENT_\w+$)")  # of an outer session, or ours
@@ -1198,7 +1199,7 @@ class Reply:
     model = ""                              # as system/init names it
     retry_after = 0                         # seconds, as the CLI says what it was told
     _begun = _visible = _called = False     # message_start, something to see, a client's call
-    _valid = False                          # the CLI took the answer, maybe before its message ended
+    _valid = False                          # the CLI took the answer, maybe before its end
     _blocks = _starts = 0                   # blocks sent on, messages begun
     _answer = ""                            # id of the answer tool's call
     _answer_at = -1                         # and our index of its block
@@ -1645,8 +1646,8 @@ async def find_claude(wanted: str) -> tuple[list[str], str]:
         raise ApiError("unavailable", f"{found} is a shell shim, whose arguments cmd.exe would "
                        "rewrite; point --claude at claude.exe")
     if not found:
-        raise ApiError("unavailable", "Claude Code is not installed" + f" at {wanted}" * bool(wanted)
-                       + f"; install it: {INSTALL}")
+        where = f" at {wanted}" if wanted else ""
+        raise ApiError("unavailable", f"Claude Code is not installed{where}; install it: {INSTALL}")
     try:
         process = await asyncio.create_subprocess_exec(
             found, "--version", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -1655,7 +1656,7 @@ async def find_claude(wanted: str) -> tuple[list[str], str]:
     except (OSError, asyncio.TimeoutError) as exc:
         with contextlib.suppress(NameError, ProcessLookupError):
             process.kill()
-        raise ApiError("unavailable", f"{found} does not run ({exc!r}); install it: {INSTALL}") from exc
+        raise ApiError("unavailable", f"{found} fails ({exc!r}); install it: {INSTALL}") from exc
     if parse_version(told) < CLI_FLOOR:
         raise ApiError("unavailable", f"Claude Code {told.strip()[:40]!r} is older than "
                        f"{'.'.join(map(str, CLI_FLOOR))}; upgrade it: {INSTALL}@latest")
@@ -1706,7 +1707,8 @@ class Refusals:
             found = features(turn)
             for name in [n for n, feature in found.items() if feature == rule["drop"]]:
                 same = rule.get("value") in (None, turn.fields.get(name))
-                turn = without(turn, name) if same and {*rule["with"]} <= {*found.values()} else turn
+                if same and {*rule["with"]} <= {*found.values()}:
+                    turn = without(turn, name)
         return turn
 
     def learn(self, model: str, rules: list[dict]) -> None:
@@ -1758,8 +1760,8 @@ class Conversations:
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
         nowhere = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
         with contextlib.suppress(OSError):  # elsewhere a busy process ends with its turn
-            self._watchdog = POSIX and subprocess.Popen(["sh", "-c", WATCHDOG], stdin=subprocess.PIPE,
-                                                        start_new_session=True, **nowhere)
+            self._watchdog = POSIX and subprocess.Popen(
+                ["sh", "-c", WATCHDOG], stdin=subprocess.PIPE, start_new_session=True, **nowhere)
             self._watchdog and self._watchdog.wait()
 
     def _watch(self, word: str) -> None:
@@ -1782,7 +1784,7 @@ class Conversations:
         shutil.rmtree(self._cwd, ignore_errors=True)
 
     async def command(self) -> list[str]:
-        """The checked command of the CLI; while it is missing it is looked for every 2 s at most."""
+        """The checked command of the CLI; while missing it is looked for every 2 s at most."""
         async with self._check:
             now = asyncio.get_running_loop().time()
             try:
@@ -1890,7 +1892,8 @@ class Conversations:
 
     async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
-        stall_s, last, profile = self.settings.stall_timeout, turn.messages[-1], profile_digest(turn)
+        stall_s, last = self.settings.stall_timeout, turn.messages[-1]
+        profile = profile_digest(turn)
         claude = self._live(chain[-2], last)
         receipt.conversation = "continued" if claude else "rebuilt" if len(chain) > 2 else "new"
         if claude is None:
@@ -1971,8 +1974,8 @@ class Conversations:
             self._evict()
             await asyncio.wait_for(self._places.acquire(), self.settings.queue_timeout)
         except asyncio.TimeoutError:
-            raise ApiError("rate_limit_exceeded", f"all {self.settings.max_processes} CLI processes "
-                           "are busy; try again, or raise --max-processes", retry_after=5) from None
+            raise ApiError("rate_limit_exceeded", f"all {self.settings.max_processes} CLI "
+                           "processes are busy; try again, or raise --max-processes", retry_after=5) from None
         finally:
             self._waiting -= 1
         return await self._spawn(model)
@@ -2027,7 +2030,8 @@ class Conversations:
 
     async def _keep(self) -> None:
         """Refill spares when no turn waits for its first delta, or after a second; end the idle."""
-        ttl_s, clock = (self.settings.idle_ttl, self.settings.park_ttl), asyncio.get_running_loop().time
+        ttl_s = (self.settings.idle_ttl, self.settings.park_ttl)
+        clock = asyncio.get_running_loop().time
         while True:
             self._changed.clear()
             try:
@@ -2339,7 +2343,8 @@ class Server:
             try:
                 context.load_cert_chain(self.settings.tls_cert, self.settings.tls_key)
             except OSError as exc:          # ssl.SSLError is one
-                raise ConfigError(f"{self.settings.tls_cert}, {self.settings.tls_key}: {exc}") from None
+                files = f"{self.settings.tls_cert}, {self.settings.tls_key}"
+                raise ConfigError(f"{files}: {exc}") from None
         with contextlib.suppress(ImportError, ValueError, OSError):
             import resource                 # at the end of descriptors asyncio's accept loop spins
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -2755,7 +2760,8 @@ async def examine(settings: Settings, deep: bool) -> bool:
             async for events in talk.events(Turn(settings.model, (hello,)), message, Receipt()):
                 for event in events:
                     message.add(event)
-            print(f"ok    a turn in {time.perf_counter() - started:.2f} s: {message.said('text')!r}")
+            took = time.perf_counter() - started
+            print(f"ok    a turn in {took:.2f} s: {message.said('text')!r}")
         return True
     except ApiError as error:
         remedy = re.search(r": (npm .*)", error.message)
@@ -2779,7 +2785,8 @@ def sample(schema: dict, root: dict) -> Any:
     values = {"string": "text", "boolean": True, "null": None, "object": inner,
               "array": [sample(items, root)] if kind == "array" else []}
     kind = kind[0] if isinstance(kind, list) else kind
-    return schema.get("const", (schema.get("enum") or [values.get(kind, schema.get("minimum", 1))])[0])
+    some = schema.get("enum") or [values.get(kind, schema.get("minimum", 1))]
+    return schema.get("const", some[0])
 
 
 def stand_in() -> None:
@@ -2824,7 +2831,8 @@ def stand_in() -> None:
         call = calls[len(history[-1]["content"])]
         params = {"name": call["name"], "_meta": {"claudecode/toolUseId": call["id"]}}
         put("control_request", request_id=call["id"], request={
-            "subtype": "mcp_message", "message": {"id": 1, "method": "tools/call", "params": params}})
+            "subtype": "mcp_message", "message": {"id": 1, "method": "tools/call",
+                                                  "params": params}})
 
     def answer() -> None:
         parts = [part for b in history[-1]["content"] for part in (
@@ -2868,9 +2876,10 @@ def stand_in() -> None:
         if request:
             models = [{"value": value, "resolvedModel": "echo-1"} for value in ("default", "echo")]
             schema = request.get("jsonSchema", schema)
-            put("control_response", response={"subtype": "success", "request_id": line["request_id"],
-                "response": {"models": models, "account": {"tokenSource": "stand-in"},
-                             "totalTokens": len(json.dumps(history)) // 4}})
+            put("control_response", response={
+                "subtype": "success", "request_id": line["request_id"], "response": {
+                    "models": models, "account": {"tokenSource": "stand-in"},
+                    "totalTokens": len(json.dumps(history)) // 4}})
         elif line["type"] == "control_response":
             results = history[-1]["content"]
             results.append({**line["response"]["response"]["mcp_response"]["result"],
