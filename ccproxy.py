@@ -1589,7 +1589,8 @@ class Claude:
 
     async def close(self) -> None:
         """End it for sure, within 1.5 s: interrupt, end of input, SIGTERM, SIGKILL."""
-        self.send(self.control({"subtype": "interrupt"}))
+        if self._inbox is not None:
+            self.send(self.control({"subtype": "interrupt"}))
         with contextlib.suppress(OSError, RuntimeError):
             self.process.stdin.close()
         for number, wait_s in ((0, 0.3), (signal.SIGTERM, 0.5), (SIGKILL, 0.7)):
@@ -1600,6 +1601,8 @@ class Claude:
                     await asyncio.sleep(0.02)
         self.signal(SIGKILL)                # what it may have left behind
         self._fail(Died("claude was closed"))
+        with contextlib.suppress(OSError, RuntimeError, asyncio.TimeoutError):
+            await asyncio.wait_for(self.process.stdin.wait_closed(), 0.1)   # its error is looked at
         # Process.wait() would also wait for pipes that a grandchild keeps open (3.11 and later).
         with contextlib.suppress(AttributeError):
             self.process._transport.close()
