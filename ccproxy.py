@@ -2069,6 +2069,8 @@ class Conversations:
                 await self._rehearse(claude, self._wanted)
             else:
                 self.spares.append(claude)
+            if self._waiting:               # who came meanwhile waits for a place, not for a spare
+                self._evict()
 
     async def _rehearse(self, claude: Claude, turn: Turn, keep: bool = True) -> None:
         """Make a spare for a turn's prompt, tools and schema, ahead of it; learn the models."""

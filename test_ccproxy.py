@@ -4222,6 +4222,14 @@ def test_models_are_told_at_once_by_one_process(tmp_path):
         assert time.monotonic() - started < 5
 
 
+def test_a_request_that_comes_while_the_only_place_is_being_filled_is_served(tmp_path):
+    for _ in range(8):
+        with serving(tmp_path, max_processes=1, warm=2) as base:
+            started = time.monotonic()
+            assert http_post(base, "hi").status == 200
+            assert time.monotonic() - started < 10
+
+
 def test_the_spares_come_back_after_very_long_trouble(tmp_path):
     talk = ccproxy.Conversations(ccproxy.Settings(claude="echo", state_dir=str(tmp_path)))
     talk._failures = 5000
