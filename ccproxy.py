@@ -1978,7 +1978,8 @@ class Conversations:
             await asyncio.wait_for(self._places.acquire(), self.settings.queue_timeout)
         except asyncio.TimeoutError:
             raise ApiError("rate_limit_exceeded", f"all {self.settings.max_processes} CLI "
-                           "processes are busy; try again, or raise --max-processes", retry_after=5) from None
+                           "processes are busy; try again, or raise --max-processes",
+                           retry_after=5) from None
         finally:
             self._waiting -= 1
         return await self._spawn(model)
