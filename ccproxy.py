@@ -128,7 +128,7 @@ class Turn:
     system: str = ""
     tools: tuple[dict, ...] = ()            # Anthropic tools, run by the client
     fields: Mapping[str, Any] = field(default_factory=dict)  # Messages fields as is, and `effort`
-    schema: dict | None = None           # JSON schema that the answer has to match
+    schema: dict | None = None              # JSON schema that the answer has to match
     stream: bool = False
     said: Mapping[str, str] = field(default_factory=dict)    # our field -> the caller's name for it
     ignored: tuple[str, ...] = ()           # the caller's fields that cannot be honoured
@@ -245,27 +245,28 @@ def size(value: Any) -> int:
     return int(found.group(1)) * 1024 ** ("kmg".find(found.group(2) or " ") + 1)
 
 
-def text(value: Any) -> str:
+def string(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("expected a text")
     return value.strip()
 
 
 def flag(value: Any) -> bool:
-    if str(value).strip().lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+    word = str(value).strip().lower()
+    if word not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
         raise ValueError("expected true or false")
-    return str(value).strip().lower() in ("1", "true", "yes", "on")
+    return word in ("1", "true", "yes", "on")
 
 
 whole, seconds = within(int, 0), within(float, 0.001)
 
 
 OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> default, check, help
-    "host": ("127.0.0.1", text, "address to listen on; others than loopback need a key"),
+    "host": ("127.0.0.1", string, "address to listen on; others than loopback need a key"),
     "port": (8082, within(int, 0, 65535), "port to listen on; 0 picks a free one"),
-    "api_key": ("", text, "key that callers must send (Bearer or x-api-key)"),
-    "claude": ("", text, "claude binary; `echo` is the built-in stand-in (default: search)"),
-    "model": ("default", text, "model for names that nothing else explains"),
+    "api_key": ("", string, "key that callers must send (Bearer or x-api-key)"),
+    "claude": ("", string, "claude binary; `echo` is the built-in stand-in (default: search)"),
+    "model": ("default", string, "model for names that nothing else explains"),
     "models": ({}, mapping, "model names to map, as NAME=MODEL,...; NAME may hold *"),
     "max_processes": (8, within(int, 1), "CLI processes at once, spares included"),
     "warm": (2, whole, "spare processes that wait for new conversations"),
@@ -281,9 +282,9 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "max_connections": (1000, within(int, 1), "open connections at once"),
     "allow_hosts": ([], words, "further Host names to answer to, comma-separated"),
     "allow_origins": ([], words, "browser origins that may call, comma-separated"),
-    "tls_cert": ("", text, "TLS certificate chain (PEM file)"),
-    "tls_key": ("", text, "TLS private key (PEM file)"),
-    "state_dir": ("", text, "folder for what is learned (default: the user's state folder)"),
+    "tls_cert": ("", string, "TLS certificate chain (PEM file)"),
+    "tls_key": ("", string, "TLS private key (PEM file)"),
+    "state_dir": ("", string, "folder for what is learned (default: the user's state folder)"),
     "quiet": (False, flag, "no log line per request"),
 }
 
@@ -446,6 +447,7 @@ SAMPLING = ("temperature", "top_p", "top_k")
 EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
            "xhigh": "xhigh", "max": "max"}
 CHOICES = {"auto": "auto", "none": "none", "any": "any", "required": "any"}
+SINGLE = "disable_parallel_tool_use"       # the field of a tool_choice
 SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "code_interpreter", "tool_search",
                 "file_search", "mcp", "advisor", "image_generation")    # run by the vendor's API
 PASSED_ON = ("redacted_thinking", "search_result", "server_tool_use",
@@ -688,7 +690,7 @@ def parse_choice(value: Any, where: str) -> dict:
         return {"type": CHOICES[need(value, where, str, among=CHOICES)]}
     kind = need(need(value, where, str, dict).get("type", "function"), where + ".type", str,
                 among=(*CHOICES, "tool", "function"))
-    single = {"disable_parallel_tool_use": True} if value.get("disable_parallel_tool_use") else {}
+    single = {SINGLE: True} if value.get(SINGLE) else {}
     if kind in CHOICES:
         return {"type": CHOICES[kind], **single}
     function = value["function"] if isinstance(value.get("function"), dict) else value
@@ -701,7 +703,7 @@ def finish_choice(choice: dict | None, tools: list[dict], parallel: bool) -> dic
     if choice and choice["type"] in ("any", "tool") and choice.get("name", *names[:1]) not in names:
         raise refusal("tool_choice", "forces a tool that is not there, or cannot be served")
     if tools and not parallel and (choice or {}).get("type") != "none":
-        choice = {**(choice or {"type": "auto"}), "disable_parallel_tool_use": True}
+        choice = {**(choice or {"type": "auto"}), SINGLE: True}
     return {"tool_choice": choice} if choice and tools else {}
 
 
@@ -1025,7 +1027,6 @@ REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error messag
     "effort": r"\beffort\b", "thinking": r"\bthinking\b"}
 VALUE = re.compile("hould|less than|greater than|not found|nvalid|shorter|longer|requires")
 THOUGHTS = ("thinking", "redacted_thinking")
-SINGLE = "disable_parallel_tool_use"
 
 
 def features(turn: Turn) -> dict[str, str]:
@@ -1198,7 +1199,7 @@ class Reply:
     failed: ApiError | None = None
     model = ""                              # as system/init names it
     retry_after = 0                         # seconds, as the CLI says what it was told
-    _begun = _visible = _called = False     # message_start, something to see, a client's call
+    _visible = _called = False              # something to see, a client's call
     _valid = False                          # the CLI took the answer, maybe before its end
     _blocks = _starts = 0                   # blocks sent on, messages begun
     _answer = ""                            # id of the answer tool's call
@@ -1254,8 +1255,8 @@ class Reply:
                 self.failed = Died("claude began its answer again after an error")
             elif self._starts > ANSWER_TRIES:
                 self.failed = ApiError("backend_error", "the model gives no JSON for the schema")
-            sent, self._begun, self._closing, self._index = self._begun, True, {}, {}
-            return None if sent else [event]
+            self._closing, self._index = {}, {}
+            return [event] if self._starts == 1 else None
         if kind == "message_delta":             # without a reason the CLI broke off
             self._closing = event if reason else {}
             spent = reason not in (None, "end_turn", "stop_sequence", "tool_use")
@@ -1356,7 +1357,7 @@ class Claude:
         self.process, self._ended = process, ended
         self.born = self.last_used = loop.time()
         self.model = ""                         # that it was started with
-        self.profile: bytes | None = None    # digest of what it was initialised for
+        self.profile: bytes | None = None       # digest of what it was initialised for
         self.told: dict[str, dict] = {}         # subtype of a control request -> the last answer
         self.init: dict = {}                    # the last system/init line
         self.awaited: set[str] = set()          # tool calls whose results it waits for (parked)
@@ -1368,7 +1369,7 @@ class Claude:
         self._asked: dict[str, str] = {}        # open control requests: id -> subtype
         self._calls: dict[str, tuple[str, dict]] = {}   # tool_use id -> its open tools/call
         self._results: dict[str, dict] = {}             # tool_use id -> result not asked for yet
-        self._inbox: deque | None = None     # lines of the running turn
+        self._inbox: deque | None = None        # lines of the running turn
         self._wake: asyncio.Future | None = None        # done when something has come
         self._stderr: deque = deque(maxlen=20)
         self._tasks = [loop.create_task(self._pump()), loop.create_task(self._listen())]
@@ -1631,7 +1632,7 @@ class Receipt:
     caller: str = ""
     conversation: str = ""                  # new, continued or rebuilt
     ignored: list[str] = field(default_factory=list)
-    cost: float | None = None            # US dollars, if the CLI said it
+    cost: float | None = None               # US dollars, if the CLI said it
 
 
 async def find_claude(wanted: str) -> tuple[list[str], str]:
@@ -1651,14 +1652,16 @@ async def find_claude(wanted: str) -> tuple[list[str], str]:
     if not found:
         where = f" at {wanted}" if wanted else ""
         raise ApiError("unavailable", f"Claude Code is not installed{where}; install it: {INSTALL}")
+    process = None
     try:
         process = await asyncio.create_subprocess_exec(
             found, "--version", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env=claude_env(os.environ, 0, 0))
         told = (await asyncio.wait_for(process.communicate(), 10))[0].decode("utf-8", "replace")
     except (OSError, asyncio.TimeoutError) as exc:
-        with contextlib.suppress(NameError, ProcessLookupError):
-            process.kill()
+        if process:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         raise ApiError("unavailable", f"{found} fails ({exc!r}); install it: {INSTALL}") from exc
     if parse_version(told) < CLI_FLOOR:
         raise ApiError("unavailable", f"Claude Code {told.strip()[:40]!r} is older than "
@@ -1761,11 +1764,12 @@ class Conversations:
         self._check, self._places = asyncio.Lock(), asyncio.Semaphore(self.settings.max_processes)
         self._cwd = tempfile.mkdtemp(prefix="ccproxy-")
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
-        nowhere = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-        with contextlib.suppress(OSError):  # elsewhere a busy process ends with its turn
-            self._watchdog = POSIX and subprocess.Popen(
-                ["sh", "-c", WATCHDOG], stdin=subprocess.PIPE, start_new_session=True, **nowhere)
-            self._watchdog and self._watchdog.wait()
+        if POSIX:                           # elsewhere a busy process ends with its turn
+            nowhere = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+            with contextlib.suppress(OSError):
+                self._watchdog = subprocess.Popen(["sh", "-c", WATCHDOG], stdin=subprocess.PIPE,
+                                                  start_new_session=True, **nowhere)
+                self._watchdog.wait()
 
     def _watch(self, word: str) -> None:
         """Tell the watchdog of a process, or with a minus that it is gone."""
@@ -1896,8 +1900,8 @@ class Conversations:
     async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
         stall_s, last = self.settings.stall_timeout, turn.messages[-1]
-        profile = profile_digest(turn)
         claude = self._live(chain[-2], last)
+        profile = claude.profile if claude else profile_digest(turn)
         receipt.conversation = "continued" if claude else "rebuilt" if len(chain) > 2 else "new"
         if claude is None:
             self._wanted = replace(turn, model=model, messages=(), fields={})
@@ -2056,8 +2060,9 @@ class Conversations:
     async def _refill(self) -> None:
         """One blank spare, the others initialised ahead for what was asked for last."""
         model, most = self._wanted.model, self.settings.max_processes
+        profile = profile_digest(self._wanted)
         for spare in list(self.spares):     # made for what is asked no more
-            if not self._suits(spare, profile_digest(self._wanted), model):
+            if not self._suits(spare, profile, model):
                 self._close(spare)
         while len(self.spares) < min(self.settings.warm, most - bool(self.fleet)):
             if self.idle:
@@ -2169,8 +2174,8 @@ class Wire(asyncio.StreamReaderProtocol):
 
 class Connection:
     """One client's connection: requests one after the other, an answer each."""
-    request: Request | None = None       # the one that is being answered
-    heartbeat: Callable[[], None] | None = None      # writes something harmless
+    request: Request | None = None          # the one that is being answered
+    heartbeat: Callable[[], None] | None = None     # writes something harmless
     head_sent = _keep = _chunked = _body_read = False
 
     def __init__(self, server: Server, reader: asyncio.StreamReader,
@@ -2450,7 +2455,8 @@ class Call:
             self.write(frames)
             await self.connection.drain()
         if self.message.done and self.turn.stream:
-            self.connection.heartbeat = self.connection.end()
+            self.connection.heartbeat = None
+            self.connection.end()
         elif self.message.done:
             await self.send(200, self.dialect.body(self.message))
 
@@ -2472,8 +2478,9 @@ class Call:
     async def fail(self, error: ApiError) -> None:
         """Tell of a failure: a status before the first event, the dialect's own error after it."""
         self.status, self.failure = error.status, error.message
-        both = {**chat_error(error)["error"], **messages_error(error)["error"]}     # for any reader
-        envelope = self.dialect.error(error) if self.dialect else {"type": "error", "error": both}
+        envelope = self.dialect.error(error) if self.dialect else {     # else for any reader
+            "type": "error",
+            "error": {**chat_error(error)["error"], **messages_error(error)["error"]}}
         if not self.connection.head_sent:
             if error.retry_after:
                 self.headers["Retry-After"] = str(error.retry_after)
@@ -2584,7 +2591,8 @@ class App:
         if work not in PUBLIC:
             call.receipt.caller = check_key(headers, self.settings.api_key)
         if method == "HEAD" and served == "POST":       # a probe
-            work = await call.send(200, {}) or ""
+            await call.send(200, {})
+            return ""
         return work
 
     async def refuse(self, connection: Connection, error: ApiError) -> None:
@@ -2621,7 +2629,9 @@ class App:
         try:
             await self._in_time(self._play(call))
         finally:
-            call.connection.heartbeat = beating and beating.cancel() and None
+            call.connection.heartbeat = None
+            if beating:
+                beating.cancel()
 
     async def _play(self, call: Call) -> None:
         bursts = self.conversations.events(call.turn, call.message, call.receipt)
