@@ -1093,9 +1093,14 @@ def with_thinking(turn: Turn, refused: list[str]) -> Turn:
 
 
 def initialize_request(turn: Turn) -> dict:
-    """The first control request: what the process will be.  It cannot be changed later."""
-    schema = {} if turn.schema is None else {"jsonSchema": wire_schema(turn.schema)}
-    return {"subtype": "initialize", "hooks": None, "systemPrompt": [turn.system], **schema,
+    """The first control request: what the process will be.  It cannot be changed later.
+
+    The hook's answer ends the turn behind a valid answer, where 2.1.110 would ask the model on.
+    """
+    schema = {"hooks": None} if turn.schema is None else {
+        "jsonSchema": wire_schema(turn.schema),
+        "hooks": {"PostToolUse": [{"matcher": ANSWER, "hookCallbackIds": [ANSWER]}]}}
+    return {"subtype": "initialize", "systemPrompt": [turn.system], **schema,
             **({"sdkMcpServers": [SERVER]} if turn.tools else {})}
 
 
@@ -1469,6 +1474,8 @@ class Claude:
         elif request["subtype"] == "can_use_tool":
             denial = {"behavior": "deny", "message": "Only the client's own tools are available."}
             verdict = {"subtype": "success", "response": denial}
+        elif request["subtype"] == "hook_callback":
+            verdict = {"subtype": "success", "response": {"continue": False}}
         self.send({"type": "control_response", "response": {**verdict, "request_id": request_id}})
 
     def _answer_calls(self) -> None:
@@ -1877,6 +1884,8 @@ class Conversations:
                     self._full_ids.setdefault(model, reply.model)
                 if reply.done:              # the caller folds before the end is told
                     events.pop()
+                    if not reply.reusable:  # at once: the CLI would ask the model to go on
+                        claude.signal(SIGKILL)
                 if events:
                     self._failures, self.trouble = 0, ""
                     self._undecided.discard(reply)
@@ -1884,8 +1893,7 @@ class Conversations:
                 if reply.failed:
                     raise reply.failed
             kept = reply.reusable and self._rest(claude, chain, message)
-            if not kept:                    # at once: the CLI would ask the model to go on
-                claude.signal(SIGKILL)
+            if not kept:
                 self._close(claude)
             yield [{"type": "message_stop"}]
             if kept and not claude.awaited:

@@ -4707,6 +4707,19 @@ def test_json_arrives_as_text_and_ends_normally(real, dialect, streamed, fields,
 
 
 @pytest.mark.real_cli
+def test_the_cli_asks_no_further_after_valid_json_however_late_it_is_ended(real, monkeypatch):
+    def later(talk, claude):
+        asyncio.get_running_loop().call_later(0.5, close, talk, claude)
+    close = ccproxy.Conversations._close
+    monkeypatch.setattr(ccproxy.Conversations, "_close", later)
+    monkeypatch.setattr(ccproxy.Claude, "signal", lambda *_: None)
+    said = Client(real.url, "chat", **STRICT_CHAT).ask('JSON:{"answer": "yes"}', streamed=True)
+    assert (said.status, said.text) == (200, '{"answer": "yes"}')
+    time.sleep(0.4)
+    assert len(real.api.bodies) == 1
+
+
+@pytest.mark.real_cli
 def test_invalid_json_is_tried_again_for_a_whole_answer(real):
     said = Client(real.url, "chat", **STRICT_CHAT).ask('JSON:{"wrong": 1} THEN:{"answer": "right"}')
     assert (said.status, said.text) == (200, '{"answer": "right"}')
