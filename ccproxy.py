@@ -44,6 +44,7 @@ import traceback
 import urllib.parse
 import uuid
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any, AsyncIterator, Callable, Iterator, Mapping, NamedTuple
@@ -132,9 +133,10 @@ class Turn:
     stream: bool = False
     said: Mapping[str, str] = field(default_factory=dict)    # our field -> the caller's name for it
     ignored: tuple[str, ...] = ()           # the caller's fields that cannot be honoured
-    wants: frozenset[str] = frozenset()     # wishes about the wire: "usage", "functions"
+    wants: Mapping[str, Any] = field(default_factory=dict)   # about the wire: "usage", "tools"
 
 
+TICKET = 28
 DELTAS = {  # delta type -> (its field, the field of the block that it extends)
     "text_delta": ("text", "text"), "thinking_delta": ("thinking", "thinking"),
     "signature_delta": ("signature", "signature"), "input_json_delta": ("partial_json", "input")}
@@ -143,10 +145,10 @@ DELTAS = {  # delta type -> (its field, the field of the block that it extends)
 @dataclass
 class Message:
     """The model's message so far: the fold of its events."""
-    ticket: str                             # random hex, names the answer in OpenAI's dialects
+    ticket: str                             # TICKET hex digits, in the ids of OpenAI's dialects
     model: str                              # as the caller wrote it
     created: int                            # Unix seconds
-    wants: frozenset[str] = frozenset()
+    wants: Mapping[str, Any] = field(default_factory=dict)
     start: dict = field(default_factory=dict)       # the message of message_start: id, real model
     content: list[dict] = field(default_factory=list)
     stop_reason: str | None = None
@@ -154,6 +156,7 @@ class Message:
     usage: dict[str, Any] = field(default_factory=dict)
     calls: int = 0                          # tool_use blocks so far
     openings: int = 0                       # pings and message_start seen: 1 at the first of them
+    sent: int = 0                           # frames of it that the caller has been given
     done: bool = False
     open: bool = False                      # a block is
     parts: dict[str, list[str]] = field(default_factory=dict)   # of its text, joined at its end
@@ -284,7 +287,9 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "allow_origins": ([], words, "browser origins that may call, comma-separated"),
     "tls_cert": ("", string, "TLS certificate chain (PEM file)"),
     "tls_key": ("", string, "TLS private key (PEM file)"),
-    "state_dir": ("", string, "folder for what is learned (default: the user's state folder)"),
+    "state_dir": ("", string, "folder for what is learned and stored (default: the user's)"),
+    "store_days": (30.0, seconds, "days that stored responses are kept without use"),
+    "store_size": (256 * 2**20, size, "bytes that stored responses may take; the oldest go"),
     "quiet": (False, flag, "no log line per request"),
 }
 
@@ -348,6 +353,7 @@ class Request:
     headers: dict[str, str]     # names in lower case; repeated ones joined by ", "
     minor: int = 1              # HTTP/1.<minor>
     length: int | None = 0
+    query: dict[str, str] = field(default_factory=dict)
 
     @property
     def keep_alive(self) -> bool:
@@ -365,7 +371,8 @@ def parse_target(target: str, request: Request) -> str:
         raise ApiError("invalid_request", "header fields: Host is missing")
     if not target.startswith(("/", "?")) and (target, request.method) != ("*", "OPTIONS"):
         raise ApiError("invalid_request", "request line: malformed target")
-    path = re.split(r"[?#]", target)[0]
+    path, _, query = target.partition("#")[0].partition("?")
+    request.query = dict(urllib.parse.parse_qsl(query))
     return "/" if path == "*" else urllib.parse.unquote(path, errors="replace")
 
 
@@ -453,6 +460,9 @@ SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "code_interpreter",
 PASSED_ON = ("redacted_thinking", "search_result", "server_tool_use",
              "web_search_tool_result")      # blocks of the API's own that come back in a history
 ROLES = ("user", "assistant", "system", "developer", "tool", "function")
+SAID = {"function": "arguments", "custom": "input"}     # envelope of a call -> its field of text
+THOUGHTS = ("thinking", "redacted_thinking")
+SHOWN = ("text", "tool_use", *THOUGHTS)     # blocks that Responses has items for
 NAMES = {str: "a string", list: "an array", dict: "an object", bool: "true or false",
          int: "an integer", float: "a number"}
 
@@ -525,7 +535,7 @@ def parse_part(part: Any, where: str) -> dict:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = need(need(part, where, dict).get("type"), where + ".type", str)
-    if kind in ("text", "input_text", "output_text", "refusal"):
+    if kind in ("text", "input_text", "output_text", "summary_text", "refusal"):
         name = "refusal" if kind == "refusal" else "text"
         return {"type": "text", "text": need(part.get(name), f"{where}.{name}", str)}
     if kind in ("image_url", "input_image"):
@@ -579,7 +589,14 @@ def parse_text(content: Any, where: str) -> str:
     return "\n\n".join(block["text"] for block in blocks)
 
 
-def parse_calls(item: dict, where: str, called: dict[str, str]) -> list[dict]:
+def parse_arguments(said: Any, where: str, free: bool = False) -> dict:
+    """A call's arguments:  '{"a": 1}' or {"a": 1} -> {"a": 1},  a free tool's: {"input": text}."""
+    if free:
+        return {"input": need(said, where, str)}
+    return need(parse_input(said.strip()) if isinstance(said, str) else said or {}, where, dict)
+
+
+def parse_calls(item: dict, where: str, called: dict[str, str], known: dict) -> list[dict]:
     """Chat's tool_calls and old-style function_call of an assistant message as tool_use blocks."""
     calls, blocks = list(optional(item, "tool_calls", list, where + ".")), []
     old = optional(item, "function_call", dict, where + ".")
@@ -587,13 +604,40 @@ def parse_calls(item: dict, where: str, called: dict[str, str]) -> list[dict]:
         called[str(old.get("name"))] = f"call_{where}"
         calls.append({"id": f"call_{where}", "function": old})
     for spot, call in ((f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)):
-        function = need(need(call, spot, dict).get("function"), spot + ".function", dict)
-        said = function.get("arguments") or {}
-        said = need(parse_input(said.strip()) if isinstance(said, str) else said,
-                    spot + ".function.arguments", dict)
-        blocks.append(parse_part({"type": "tool_use", "id": call.get("id"), "input": said,
-                                  "name": function.get("name")}, spot))
+        slot = "custom" if isinstance(need(call, spot, dict).get("custom"), dict) else "function"
+        function, said = need(call.get(slot), f"{spot}.{slot}", dict), SAID[slot]
+        free = slot == "custom" or "free" in known.get(str(function.get("name")), {})
+        blocks.append(parse_part({
+            "type": "tool_use", "id": call.get("id"), "name": function.get("name"),
+            "input": parse_arguments(function.get(said), f"{spot}.{slot}.{said}", free)}, spot))
     return blocks
+
+
+def parse_item(item: dict, where: str) -> tuple[str, list[dict]]:
+    """An item of Responses that is no message, as (role, blocks)."""
+    kind = need(item.get("type"), where + ".type", str)
+    if kind not in ("function_call", "custom_tool_call", "function_call_output",
+                    "custom_tool_call_output", "reasoning"):
+        raise refusal(where + ".type", f"items of type {kind[:40]!r} cannot be used here")
+    if kind == "reasoning":
+        return "assistant", parse_reasoning(item, where)
+    call = clean_id(item.get("call_id"), where + ".call_id")
+    if kind.endswith("_output"):
+        return "user", [{"type": "tool_result", "tool_use_id": call,
+                         "content": parse_parts(item.get("output"), where + ".output")}]
+    said = "arguments" if kind == "function_call" else "input"
+    return "assistant", [{
+        "type": "tool_use", "id": call, "input": parse_arguments(
+            item.get(said), f"{where}.{said}", said == "input"),
+        "name": tool_name(item, where, optional(item, "namespace", str, where + "."))}]
+
+
+def parse_reasoning(item: dict, where: str) -> list[dict]:
+    """A reasoning item that was made here, as a thinking block; others prove nothing to the API."""
+    kind, _, proof = optional(item, "encrypted_content", str, where + ".").partition(":")
+    thought = parse_text(item.get("summary"), where + ".summary")
+    return [{"type": kind, "data": proof} if kind == THOUGHTS[1] else
+            {"type": kind, "thinking": thought, "signature": proof}] if kind in THOUGHTS else []
 
 
 def finish_history(turns: list[tuple[str, list[dict], str]]) -> tuple[dict, ...]:
@@ -629,11 +673,16 @@ def finish_history(turns: list[tuple[str, list[dict], str]]) -> tuple[dict, ...]
     return tuple({"role": role, "content": blocks} for role, blocks, _ in merged)
 
 
-def parse_history(items: Any) -> tuple[str, tuple[dict, ...]]:
-    """Messages of any dialect as (system text, Anthropic's); system text may stand anywhere."""
+def parse_history(items: list, slot: str, known: dict, earlier: int = 0
+                  ) -> tuple[str, tuple[dict, ...]]:
+    """Messages and items of any dialect as (system text, Anthropic's); system text may stand
+    anywhere.  `known`: the tools' names in parse_tools; the caller did not send the first items."""
     system, turns, called = [], [], {}      # called: function name -> id of its last old-style call
-    for at, item in enumerate(need(items, "messages", list)):
-        where = f"messages[{at}]"
+    for at, item in enumerate(items, -earlier):
+        where = f"{slot}[{at}]"
+        if slot == "input" and need(item, where, dict).get("type", "message") != "message":
+            turns.append((*parse_item(item, where), where))
+            continue
         role = need(need(item, where, dict).get("role"), where + ".role", str, among=ROLES)
         if role in ("tool", "function"):
             call = item.get("tool_call_id") or called.get(str(item.get("name")))
@@ -645,19 +694,34 @@ def parse_history(items: Any) -> tuple[str, tuple[dict, ...]]:
             system.append(parse_text(item.get("content"), where + ".content"))
         else:
             blocks = parse_parts(item.get("content"), where + ".content")
-            blocks += parse_calls(item, where, called) if role == "assistant" else []
+            blocks += parse_calls(item, where, called, known) if role == "assistant" else []
             turns.append((role, blocks, where))
     return "\n\n".join(filter(None, system)), finish_history(turns)
 
 
 # -- tools and fields
 
-def parse_tool(tool: dict, where: str) -> dict:
-    """A function tool of any dialect (nested, flat, Anthropic's) as an Anthropic tool."""
-    if isinstance(tool.get("function"), dict):
-        tool, where = tool["function"], where + ".function"
+def tool_name(tool: dict, where: str, space: str) -> str:
+    """A tool's name, with its namespace if it has one:  "files__read"."""
     if not need(tool.get("name"), where + ".name", str):
         raise refusal(where + ".name", "empty")
+    return f"{space}__{tool['name']}" if space else tool["name"]
+
+
+def parse_free(tool: dict, where: str) -> dict:
+    """A custom tool, whose input is free text, as a function tool of one string."""
+    told, rule = optional(tool, "description", str, where + "."), tool.get("format") or {}
+    rule = rule.get("grammar") or rule      # Chat nests it
+    if isinstance(rule, dict) and rule.get("definition"):
+        told += "\n\nThe input has to match this {syntax} grammar:\n{definition}".format_map(
+            {"syntax": "", **rule})
+    return {"name": tool["name"], "description": told.strip(), "input_schema": {
+        "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+        "additionalProperties": False}}
+
+
+def parse_tool(tool: dict, where: str) -> dict:
+    """A function tool of any dialect (flat, Anthropic's) as an Anthropic tool."""
     if tool.get("type") not in (None, "custom", "function"):    # typed: bash_*, text_editor_*
         return {k: v for k, v in tool.items() if k != "cache_control"}
     slot = "input_schema" if "input_schema" in tool else "parameters"
@@ -668,20 +732,40 @@ def parse_tool(tool: dict, where: str) -> dict:
         **({"strict": True} if tool.get("strict") is True else {})}
 
 
-def parse_tools(body: dict, ignored: set[str]) -> list[dict]:
-    """`tools` and old-style `functions`; what only the vendor could run is reported instead."""
-    tools: dict[str, dict] = {}
-    for where, tool in [(f"{slot}[{at}]", tool) for slot in ("tools", "functions")
-                        for at, tool in enumerate(optional(body, slot, list))]:
-        kind = str(need(tool, where, dict).get("type") or "function")
-        if kind.startswith(SERVER_TOOLS) or (kind == "custom" and "input_schema" not in tool):
+def listed_tools(tools: list, where: str, space: str = "") -> Iterator[tuple[str, dict, str]]:
+    """(where, tool, namespace) of a list of tools and of the namespaces in it."""
+    for at, tool in enumerate(tools):
+        spot = f"{where}[{at}]"
+        if need(tool, spot, dict).get("type") == "namespace":
+            yield from listed_tools(optional(tool, "tools", list, spot + "."), spot + ".tools",
+                                    tool_name(tool, spot, space))
+        else:
+            yield spot, tool, space
+
+
+def parse_tools(body: dict, ignored: set[str]) -> tuple[list[dict], dict[str, dict]]:
+    """`tools` and old-style `functions`, and how their caller knows those that are no functions:
+    name -> {"free": "function" or "custom", its envelope in Chat} or {"namespace", "name"}.
+    What only the vendor could run is reported instead."""
+    tools, known = {}, {}
+    for where, tool, space in [row for slot in ("tools", "functions") for row in
+                               listed_tools(optional(body, slot, list), slot)]:
+        kind = str(tool.get("type") or "function")
+        slot = next((slot for slot in SAID if isinstance(tool.get(slot), dict)), "")
+        inner, where = tool.get(slot, tool), f"{where}.{slot}" if slot else where
+        if kind.startswith(SERVER_TOOLS) or (kind not in SAID and not inner.get("name")):
             ignored.add(f"{where}.{kind[:40]}")
             continue
-        parsed = parse_tool(tool, where)
-        if parsed["name"] in tools:
-            raise refusal(where, f"the name {parsed['name'][:64]!r} is there twice")
-        tools[parsed["name"]] = parsed
-    return list(tools.values())
+        name = tool_name(inner, where, space)
+        if name in tools:
+            raise refusal(where, f"the name {name[:64]!r} is there twice")
+        free = kind == "custom" and "input_schema" not in inner
+        tools[name] = {**(parse_free if free else parse_tool)(inner, where), "name": name}
+        if free:                            # Cursor sends it flat, and reads a function's envelope
+            known[name] = {"free": slot or "function"}
+        elif space:
+            known[name] = {"namespace": space, "name": inner["name"]}
+    return list(tools.values()), known
 
 
 def parse_choice(value: Any, where: str) -> dict:
@@ -689,16 +773,24 @@ def parse_choice(value: Any, where: str) -> dict:
     if isinstance(value, str):
         return {"type": CHOICES[need(value, where, str, among=CHOICES)]}
     kind = need(need(value, where, str, dict).get("type", "function"), where + ".type", str,
-                among=(*CHOICES, "tool", "function"))
+                among=(*CHOICES, "tool", "function", "custom", "allowed_tools"))
     single = {SINGLE: True} if value.get(SINGLE) else {}
     if kind in CHOICES:
         return {"type": CHOICES[kind], **single}
-    function = value["function"] if isinstance(value.get("function"), dict) else value
-    return {"type": "tool", "name": need(function.get("name"), where + ".name", str), **single}
+    value = next((value[s] for s in (*SAID, kind) if isinstance(value.get(s), dict)), value)
+    if kind == "allowed_tools":
+        mode = need(value.get("mode"), where + ".mode", str, among=CHOICES)
+        allowed = need(value.get("tools"), where + ".tools", list)
+        return {"type": CHOICES[mode], "allowed": [
+            parse_choice(tool, f"{where}.tools[{at}]").get("name") for at, tool in
+            enumerate(allowed)]}
+    return {"type": "tool", "name": need(value.get("name"), where + ".name", str), **single}
 
 
 def finish_choice(choice: dict | None, tools: list[dict], parallel: bool) -> dict[str, dict]:
-    """The choice, fitted to the tools that there are, as fields."""
+    """The choice, fitted to the tools that there are, as fields; those not allowed are removed."""
+    allowed = choice.pop("allowed", None) if choice else None
+    tools[:] = [tool for tool in tools if allowed is None or tool["name"] in allowed]
     names = [tool["name"] for tool in tools]
     if choice and choice["type"] in ("any", "tool") and choice.get("name", *names[:1]) not in names:
         raise refusal("tool_choice", "forces a tool that is not there, or cannot be served")
@@ -742,26 +834,29 @@ def parse_format(value: Any, where: str) -> dict | None:
 FIELDS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {    # field of a body -> (ours, check)
     "temperature": ("temperature", typed(int, float, low=0, high=2)),
     "top_p": ("top_p", typed(int, float, low=0, high=1)), "top_k": ("top_k", typed(int, low=0)),
-    **dict.fromkeys(("max_tokens", "max_completion_tokens"), ("max_tokens", typed(int, low=1))),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"),
+                    ("max_tokens", typed(int, low=1))),
     **dict.fromkeys(("stop", "stop_sequences"), ("stop_sequences", parse_stop)),
     **dict.fromkeys(("tool_choice", "function_call"), ("tool_choice", parse_choice)),
     **dict.fromkeys(("reasoning_effort", "reasoning", "output_config.effort"),
                     ("effort", parse_effort)),
-    **dict.fromkeys(("response_format", "output_format", "output_config.format"),
+    **dict.fromkeys(("response_format", "output_format", "output_config.format", "text.format"),
                     ("schema", parse_format)),
     "thinking": ("thinking", parse_thinking),
     "stream": ("stream", typed(bool)), "parallel_tool_calls": ("parallel", typed(bool)),
     "stream_options": ("usage", lambda value, where: optional(
         need(value, where, dict), "include_usage", bool, where + ".")),
 }
-STRUCTURE = {"model", "messages", "system", "tools", "functions", "n", "output_config", "thread"}
+STRUCTURE = {"model", "messages", "input", "system", "instructions", "tools", "functions", "n",
+             "output_config", "text", "thread"}
 
 
 def parse_fields(body: dict, ignored: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """What FIELDS knows of a body as (our fields, their names there); the rest is reported."""
     fields, said = {}, {}
-    output = {f"output_config.{k}": v for k, v in optional(body, "output_config", dict).items()}
-    for name, value in {**body, **output}.items():
+    inner = {f"{slot}.{name}": value for slot in ("output_config", "text")
+             for name, value in optional(body, slot, dict).items()}
+    for name, value in {**body, **inner}.items():
         if value is None or name in STRUCTURE:
             continue
         ours, check = FIELDS.get(name, ("", lambda value, where: []))
@@ -781,8 +876,8 @@ def parse_fields(body: dict, ignored: set[str]) -> tuple[dict[str, Any], dict[st
     return fields, said
 
 
-def parse_body(body: dict) -> Turn:
-    """A request body of Chat Completions or Messages as a Turn."""
+def parse_body(body: dict, earlier: list = ()) -> Turn:
+    """A request body of any dialect as a Turn; `earlier`: stored items that go before its own."""
     if body.get("thread") is not None:      # anthropic-python's tool_runner falls back on this code
         raise ApiError("invalid_request", "thread: threads are not kept here", param="thread",
                        details={"error_code": "thread_unsupported_request"})
@@ -792,19 +887,32 @@ def parse_body(body: dict) -> Turn:
     if len(model) > 256:                    # every chunk repeats it
         raise refusal("model", "longer than 256 characters")
     fields, said = parse_fields(body, ignored)
-    system, messages = parse_history(body.get("messages"))
-    system = "\n\n".join(filter(None, (parse_text(body.get("system"), "system"), system)))
-    tools = parse_tools(body, ignored)
-    marked = [body.get("system"), body.get("tools"), *(m.get("content") for m in body["messages"])]
+    tools, known = parse_tools(body, ignored)
+    slot = "input" if "input" in body and "messages" not in body else "messages"
+    items = need(body.get(slot), slot, list, *[str] * (slot == "input"))
+    items = [{"role": "user", "content": items}] if isinstance(items, str) else items
+    system, messages = parse_history([*earlier, *items], slot, known, len(earlier))
+    first = [parse_text(body.get(name), name) for name in ("system", "instructions")]
+    system = "\n\n".join(filter(None, (*first, system)))
+    marked = [body.get("system"), body.get("tools"), *(m.get("content") for m in items)]
     if any(isinstance(item, dict) and "cache_control" in item
            for items in marked if isinstance(items, list) for item in items):
         ignored.add("cache_control")        # the CLI sets its own marks; more than four are refused
-    wants = {"usage": fields.pop("usage", False), "functions": body.get("functions")}
+    wants = {"usage": fields.pop("usage", False), "functions": bool(body.get("functions")),
+             "tools": known}
     parallel = fields.pop("parallel", True) and not wants["functions"]  # those have but one call
     fields.update(finish_choice(fields.pop("tool_choice", None), tools, parallel))
     return Turn(model, messages, system, tuple(tools), fields, fields.pop("schema", None),
                 fields.pop("stream", False), said, tuple(sorted(ignored)),
-                frozenset(wish for wish in wants if wants[wish]))
+                {wish: value for wish, value in wants.items() if value})
+
+
+def call_text(block: dict, known: Mapping[str, str]) -> str:
+    """The arguments of a finished call as text; of a free tool, what it was given."""
+    said = block["input"]
+    if "free" in known and isinstance(said, dict) and isinstance(said.get("input"), str):
+        return said["input"]
+    return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
 
 
 # -- Messages: https://docs.anthropic.com/en/api/messages
@@ -858,14 +966,20 @@ def chat_chunk(message: Message, delta: dict) -> list[bytes]:
                                   [chat_choice(message, "delta", delta)], **more))]
 
 
-def chat_call(message: Message, function: dict, **more: Any) -> list[bytes]:
+def caller_tool(message: Message, block: dict) -> Mapping[str, str]:
+    """How the caller knows the tool of a call, as parse_tools found it; {} for a function."""
+    return message.wants.get("tools", {}).get(block.get("name"), {})
+
+
+def chat_call(message: Message, text: str, start: bool = False) -> list[bytes]:
     """A chunk with (a piece of) the tool call that is being written; the old style has but one."""
-    if message.content[-1].get("type") != "tool_use":
-        return []
+    block = message.content[-1]
+    slot = caller_tool(message, block).get("free", "function")
+    said = {**({"name": block["name"]} if start else {}), SAID[slot]: text}
     if "functions" in message.wants:
-        return chat_chunk(message, {"function_call": function}) if message.calls == 1 else []
-    call = {"index": message.calls - 1, **more, "function": function}
-    return chat_chunk(message, {"tool_calls": [call]})
+        return chat_chunk(message, {"function_call": said}) if message.calls == 1 else []
+    call = {"index": message.calls - 1, **({"id": block["id"], "type": slot} if start else {})}
+    return chat_chunk(message, {"tool_calls": [{**call, slot: said}]})
 
 
 def chat_usage(message: Message) -> dict:
@@ -883,17 +997,20 @@ def chat_frames(message: Message, event: dict) -> list[bytes]:
         return chat_chunk(message, {"content": delta["text"]})
     if delta.get("type") == "thinking_delta":
         return chat_chunk(message, {"reasoning_content": delta["thinking"]})
-    if delta.get("partial_json"):
-        return chat_call(message, {"arguments": delta["partial_json"]})
     if kind in ("message_start", "ping"):       # the first of them names the role
         opening = {"role": "assistant", "content": ""}
         return chat_chunk(message, opening if message.openings == 1 else {})
-    if kind == "content_block_start":
-        block = event["content_block"]
-        return chat_call(message, {"name": block.get("name"), "arguments": ""}, id=block.get("id"),
-                         type="function")
-    if kind == "content_block_stop" and not any(message.parts.get("input", [])):
-        return chat_call(message, {"arguments": "{}"})      # no piece has come, and "" is no JSON
+    if kind.startswith("content_block_"):
+        block = message.content[-1]
+        if block["type"] != "tool_use":
+            return []
+        known, pieces = caller_tool(message, block), message.parts.get("input", [])
+        if kind == "content_block_start":
+            return chat_call(message, "", True)
+        if delta.get("partial_json") and "free" not in known:
+            return chat_call(message, delta["partial_json"])
+        late = kind == "content_block_stop" and ("free" in known or not any(pieces))
+        return chat_call(message, call_text(block, known)) if late else []  # "" is no JSON
     if kind == "message_delta":
         return chat_chunk(message, {})
     if kind == "message_stop":
@@ -903,10 +1020,10 @@ def chat_frames(message: Message, event: dict) -> list[bytes]:
 
 
 def chat_body(message: Message) -> dict:
-    calls = [{"id": block["id"], "type": "function", "function": {
-        "name": block["name"], "arguments": block["input"] if isinstance(block["input"], str)
-        else json.dumps(block["input"])}}
-        for block in message.content if block["type"] == "tool_use"]
+    calls = [{"id": block["id"], "type": slot, slot: {
+        "name": block["name"], SAID[slot]: call_text(block, known)}}
+        for block in message.content if block["type"] == "tool_use"
+        for known in [caller_tool(message, block)] for slot in [known.get("free", "function")]]
     answer = {"role": "assistant", "refusal": None,
               "content": message.said("text") or (None if calls else "")}
     if message.said("thinking"):
@@ -924,8 +1041,145 @@ def chat_error(error: ApiError) -> dict:
                       "code": code}}
 
 
+# -- Responses: https://platform.openai.com/docs/api-reference/responses
+
+ECHO: dict[str, Any] = {        # what a response repeats of its request -> where that says nothing
+    "background": False, "instructions": None, "max_output_tokens": None, "metadata": {},
+    "parallel_tool_calls": True, "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None}, "store": True, "temperature": 1.0,
+    "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": 1.0,
+    "truncation": "disabled", "user": None}
+HONOURED: dict[str, Callable[[Any], bool]] = {      # fields of Responses alone -> the values served
+    "store": lambda value: isinstance(value, bool), "metadata": lambda value: True,
+    "previous_response_id": lambda value: True, "background": lambda value: value is False,
+    "truncation": lambda value: value == "disabled",
+    "include": lambda value: value in ([], ["reasoning.encrypted_content"])}
+UNSERVED = {"background": "responses are not run in the background here; leave it out",
+            "conversation": "conversations are not kept here; use previous_response_id",
+            "prompt": "prompt templates are not kept here; send `instructions` and `input`"}
+CUT_SHORT = {"max_tokens": "max_output_tokens", "refusal": "content_filter",
+             "model_context_window_exceeded": "max_output_tokens"}
+TOLD = {    # type of an output item -> its events' stem, its part's and index, its field of text
+    "message": ("response.output_text", "response.content_part", "content_index", "content"),
+    "reasoning": ("response.reasoning_summary_text", "response.reasoning_summary_part",
+                  "summary_index", "summary"),
+    "function_call": ("response.function_call_arguments", "", "", "arguments"),
+    "custom_tool_call": ("response.custom_tool_call_input", "", "", "input")}
+
+
+def parse_responses(body: dict, earlier: list = ()) -> Turn:
+    """A request body of Responses as a Turn that knows what its response has to repeat."""
+    for name, instead in UNSERVED.items():
+        if body.get(name):
+            raise refusal(name, instead)
+    for name, kind in (("metadata", dict), ("store", bool), ("include", list)):
+        optional(body, name, kind)
+    turn = parse_body({"input": None, **body}, earlier)
+    ignored = tuple(name for name in turn.ignored
+                    if name not in HONOURED or not HONOURED[name](body[name]))
+    echo = {name: default if body.get(name) is None else body[name]
+            for name, default in ECHO.items()}
+    return replace(turn, ignored=ignored, wants={**turn.wants, "echo": echo})
+
+
+def response_item(message: Message, at: int, done: bool = True) -> dict:
+    """A content block as an output item; {} for one that Responses has no item for."""
+    block, status = message.content[at], "completed" if done else "in_progress"
+    kind, known, name = block["type"], caller_tool(message, block), f"{message.ticket}{at:04x}"
+    if kind == "text":
+        part = {"type": "output_text", "text": block["text"], "annotations": [], "logprobs": []}
+        return {"id": "msg_" + name, "type": "message", "status": status, "role": "assistant",
+                "content": [part]}
+    if kind in THOUGHTS:                    # text and proof come back with the next request
+        part = {"type": "summary_text", "text": block.get("thinking", "")}
+        proof = f"{kind}:{block.get('signature') or block.get('data') or ''}"
+        return {"id": "rs_" + name, "type": "reasoning", "status": status, "summary": [part],
+                "encrypted_content": proof if done else None}
+    if kind != "tool_use":
+        return {}
+    call = {"status": status, "call_id": block["id"], "name": block["name"]}
+    text = call_text(block, known) if done else ""
+    if "free" in known:
+        return {"id": "ctc_" + name, "type": "custom_tool_call", **call, "input": text}
+    return {"id": "fc_" + name, "type": "function_call", **call, **known, "arguments": text}
+
+
+def response_object(message: Message, status: str, **more: Any) -> dict:
+    return {"id": "resp_" + message.ticket, "object": "response", "created_at": message.created,
+            "status": status, "error": None, "incomplete_details": None,
+            **message.wants.get("echo", {}), "model": message.model, "output": [], "usage": None,
+            **more}
+
+
+def block_events(message: Message, event: dict) -> list[dict]:
+    """What a Responses client is told about an event of the last content block."""
+    at, delta = len(message.content) - 1, event.get("delta") or {}
+    done = event["type"] == "content_block_stop"
+    item = response_item(message, at, done)
+    if not item:
+        return []
+    stem, part_stem, index, slot = TOLD[item["type"]]
+    where = {"output_index": sum(block["type"] in SHOWN for block in message.content) - 1}
+    inner = {"item_id": item["id"], **where, **({index: 0} if index else {})}
+    part = {**inner, "part": item[slot][0]} if index else {}
+    more = {"logprobs": []} if item["type"] == "message" else {}
+    if event["type"] == "content_block_start":
+        empty = {**item, slot: item[slot][:0]}
+        return [{"type": "response.output_item.added", **where, "item": empty}] + [
+            {"type": part_stem + ".added", **part}] * bool(index)
+    late = done and not index and not (slot == "arguments" and any(message.parts.get("input", [])))
+    text = item[slot] if late else delta.get(DELTAS.get(delta.get("type"), ("",))[0])
+    events = []
+    if text and delta.get("type") != "signature_delta" and (late or slot != "input"):
+        events = [{"type": stem + ".delta", **inner, "delta": text, **more}]
+    if done:
+        whole = {"text": item[slot][0]["text"]} if index else {slot: item[slot]}
+        events += [{"type": stem + ".done", **inner, **whole, **more}] + [
+            {"type": part_stem + ".done", **part}] * bool(index) + [
+            {"type": "response.output_item.done", **where, "item": item}]
+    return events
+
+
+def response_events(message: Message, event: dict) -> list[dict]:
+    """What a Responses client is told about `event`, but for the sequence numbers."""
+    kind = event["type"]
+    if kind in ("message_start", "ping"):       # the first of them opens, a later ping repeats
+        stages = ["created"] * (message.openings == 1) + ["in_progress"] * (
+            message.openings == 1 or kind == "ping")
+        return [{"type": "response." + stage, "response": response_object(message, "in_progress")}
+                for stage in stages]
+    if kind == "error":
+        error = event["error"]
+        failed = response_object(message, "failed", error={
+            "code": error["code"] or error["type"], "message": error["message"]})
+        return [{**error, "type": "error", "error": error},
+                {"type": "response.failed", "response": failed}]
+    if kind == "message_stop":
+        response = responses_body(message)
+        return [{"type": "response." + response["status"], "response": response}]
+    return block_events(message, event) if kind.startswith("content_block_") else []
+
+
+def responses_frames(message: Message, event: dict) -> list[bytes]:
+    return [sse_frame({**told, "sequence_number": number}, told["type"])
+            for number, told in enumerate(response_events(message, event), message.sent)]
+
+
+def responses_body(message: Message) -> dict:
+    used, reason = chat_usage(message), CUT_SHORT.get(message.stop_reason)
+    written = message.usage.get("cache_creation_input_tokens") or 0
+    usage = {"input_tokens": used["prompt_tokens"], "input_tokens_details": {
+        **used["prompt_tokens_details"], "cache_write_tokens": written},
+        "output_tokens": used["completion_tokens"], "total_tokens": used["total_tokens"],
+        "output_tokens_details": used["completion_tokens_details"]}
+    items = [response_item(message, at) for at in range(len(message.content))]
+    return response_object(
+        message, "incomplete" if reason else "completed", output=list(filter(None, items)),
+        incomplete_details={"reason": reason} if reason else None, usage=usage)
+
+
 class Dialect(NamedTuple):
-    parse: Callable[[dict], Turn]                           # request body -> Turn, or ApiError
+    parse: Callable[..., Turn]              # request body, stored items before it -> Turn, ApiError
     frames: Callable[[Message, dict], list[bytes]]          # event -> SSE frames
     body: Callable[[Message], dict]                         # whole answer
     error: Callable[[ApiError], dict]                       # envelope
@@ -934,6 +1188,7 @@ class Dialect(NamedTuple):
 DIALECTS: dict[str, Dialect] = {
     "messages": Dialect(parse_body, messages_frames, messages_body, messages_error),
     "chat": Dialect(parse_body, chat_frames, chat_body, chat_error),
+    "responses": Dialect(parse_responses, responses_frames, responses_body, chat_error),
 }
 
 
@@ -1026,7 +1281,6 @@ REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error messag
     "stop_sequences": r"\bstop_sequences\b", "tool_choice": r"\btool_choice\b",
     "effort": r"\beffort\b", "thinking": r"\bthinking\b"}
 VALUE = re.compile("hould|less than|greater than|not found|nvalid|shorter|longer|requires")
-THOUGHTS = ("thinking", "redacted_thinking")
 
 
 def features(turn: Turn) -> dict[str, str]:
@@ -1344,7 +1598,138 @@ class Reply:
                             self.retry_after or None if status in (429, 529) else None)
 
 
-# == 6. Claude =====================================================================================
+# == 6. Store ======================================================================================
+# What outlives the process: stored responses, in sqlite, in the state directory.  One thread does
+# all the work, so the loop never waits for a disk.  Knows rows and items, not what they say.
+# To change a table: one more entry in MIGRATIONS.
+
+MIGRATIONS = (
+    "CREATE TABLE responses (id TEXT PRIMARY KEY, caller TEXT NOT NULL, previous TEXT, "
+    "used REAL NOT NULL, items TEXT NOT NULL, response TEXT NOT NULL)",
+    "CREATE INDEX responses_previous ON responses (previous)",
+    "CREATE INDEX responses_used ON responses (used)")
+CHAIN = """WITH RECURSIVE chain(id, previous, depth) AS (
+    SELECT id, previous, 0 FROM responses WHERE id = ? AND caller = ? UNION ALL
+    SELECT r.id, r.previous, depth + 1 FROM responses r JOIN chain ON r.id = chain.previous) """
+
+
+def listed_items(response: dict, items: Any) -> list[dict]:
+    """A request's input as a list of items, each with an id that names its response."""
+    items = [{"role": "user", "content": items}] if isinstance(items, str) else items
+    listed = []
+    for at, item in enumerate(items):
+        name = item.get("id") or f"msg_{response['id'].partition('_')[2]}i{at:03x}"
+        listed.append({**item, "id": name, "type": item.get("type") or "message"})
+        if isinstance(item.get("content"), str):
+            kind = "output_text" if item.get("role") == "assistant" else "input_text"
+            listed[-1]["content"] = [{"type": kind, "text": item["content"]}]
+    return listed
+
+
+class Store:
+    """Responses by id, for their caller alone.  A row holds what its request added; the rest of the
+    conversation is in the rows before it.  Each method is a job of the store's thread."""
+
+    def __init__(self, folder: str, days: float, size: int) -> None:
+        self._folder, self._days, self._size = folder, days, size
+        self._thread, self._db = ThreadPoolExecutor(1, "store"), None
+
+    async def run(self, job: Callable, *args: Any) -> Any:
+        """Do one of the jobs below.  ApiError internal_error if the file cannot be used."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._do, job, args)
+
+    def _do(self, job: Callable, args: tuple) -> Any:
+        import sqlite3                      # 5 ms that a start without stored responses saves
+        try:
+            self._db = self._db or self._open(sqlite3)
+            with self._db:
+                return job(*args)
+        except (sqlite3.Error, OSError) as exc:
+            raise ApiError("internal_error", f"the store of responses fails: {exc}") from None
+
+    def _open(self, sqlite3: Any) -> Any:
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        path = os.path.join(self._folder, "store.db")
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        db = sqlite3.connect(path, timeout=5)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("BEGIN IMMEDIATE")       # another proxy may be here for the first time, too
+        done = db.execute("PRAGMA user_version").fetchone()[0]
+        for statement in MIGRATIONS[done:]:
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.commit()
+        return db
+
+    def read(self, name: str, caller: str, column: str = "response") -> Any:
+        """A response, or with "items" what its request added and its output; None if not stored."""
+        row = self._db.execute(f"SELECT {column} FROM responses WHERE id = ? AND caller = ?",
+                               (name, caller)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def context(self, name: str, caller: str) -> list[dict]:
+        """All items of a conversation up to the end of a response; [] if that is not stored."""
+        rows = self._db.execute(CHAIN + "SELECT items FROM chain JOIN responses USING (id) "
+                                "ORDER BY depth DESC", (name, caller))
+        return [item for row in rows for item in json.loads(row[0])]
+
+    def recall(self, body: dict, caller: str) -> list[dict]:
+        """The items before those of a request; its references are replaced by what they name."""
+        name, items, found = body.get("previous_response_id"), body.get("input"), {}
+        for at, item in enumerate(items if isinstance(items, list) else []):
+            if isinstance(item, dict) and item.get("type") == "item_reference":
+                wanted = str(item.get("id"))
+                if wanted not in found:     # an item's id names its response
+                    owner = "resp_" + wanted.partition("_")[2][:TICKET]
+                    told = self.read(owner, caller, "items") or []
+                    found.update((each["id"], each) for each in told)
+                if wanted not in found:
+                    raise refusal(f"input[{at}].id", f"no item {wanted[:100]!r} is stored")
+                items[at] = found[wanted]
+        if name is None:
+            return []
+        earlier = self.context(need(name, "previous_response_id", str), caller)
+        if not earlier:
+            raise refusal("previous_response_id", f"no response {name[:100]!r} is stored")
+        return earlier
+
+    def keep(self, response: dict, items: Any, caller: str) -> None:
+        """Store a response; what was unused for too long goes, and the oldest if all is too big."""
+        now, db, name = time.time(), self._db, response["id"]
+        db.execute("DELETE FROM responses WHERE used < ?", (now - self._days * 86400,))
+        db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", (
+            name, caller, response.get("previous_response_id"), now,
+            json.dumps(listed_items(response, items) + response["output"]), json.dumps(response)))
+        db.execute(CHAIN + "UPDATE responses SET used = ? WHERE id IN (SELECT id FROM chain)",
+                   (name, caller, now))
+        oldest = "DELETE FROM responses WHERE id = (SELECT id FROM responses ORDER BY used LIMIT 1)"
+        while self._bytes() > self._size and db.execute(oldest).rowcount:
+            pass
+
+    def _bytes(self) -> int:
+        pages, free, size = (self._db.execute("PRAGMA " + name).fetchone()[0] for name in (
+            "page_count", "freelist_count", "page_size"))
+        return (pages - free) * size
+
+    def delete(self, name: str, caller: str) -> bool:
+        """Whether there was one; what continues it takes over what it held."""
+        db, held = self._db, self.read(name, caller, "items")
+        for heir, own in db.execute("SELECT id, items FROM responses WHERE previous = ?",
+                                    (name,)).fetchall() if held else ():
+            db.execute("UPDATE responses SET items = ?, previous = (SELECT previous FROM responses "
+                       "WHERE id = ?) WHERE id = ?",
+                       (json.dumps(held + json.loads(own)), name, heir))
+        db.execute("DELETE FROM responses WHERE id = ? AND caller = ?", (name, caller))
+        return bool(held)
+
+    async def close(self) -> None:
+        if self._db:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
+        self._thread.shutdown()
+
+
+# == 7. Claude =====================================================================================
 # One process's life: spawn, control exchange, pump, one turn at a time, death.  Knows lines, not
 # conversations: who may talk to it and when it has to go is decided in the next room.
 
@@ -1619,7 +2004,7 @@ class Claude:
         await asyncio.wait(self._tasks, timeout=1)
 
 
-# == 7. Conversations ==============================================================================
+# == 8. Conversations ==============================================================================
 # Owner of every process: spares, live and parked conversations, matching, rebuilding, caps and
 # eviction.  A live process only saves time: what is gone is rebuilt from the caller's history.
 
@@ -2103,7 +2488,7 @@ class Conversations:
                 self._close(claude)
 
 
-# == 8. Access =====================================================================================
+# == 9. Access =====================================================================================
 # Who may call, from where.  Pure.  A web page must not reach the CLI: neither by a name that it
 # rebinds to loopback (Host) nor from another origin (Origin), and its forms are no JSON.
 
@@ -2145,7 +2530,7 @@ def check_key(headers: Mapping[str, str], key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16] if key else ""
 
 
-# == 9. Server =====================================================================================
+# == 10. Server ====================================================================================
 # Owner of every socket: connection loop, limits and deadlines, keep-alive, the client's end.
 # Knows bytes and requests, nothing of routes or models.
 
@@ -2387,39 +2772,46 @@ class Server:
             await asyncio.sleep(0.02)
 
 
-# == 10. App =======================================================================================
+# == 11. App =======================================================================================
 # The only room that sees a dialect, a backend and a socket at once: authenticate, parse, open
 # events, fold and send, record.  Owner of a turn's deadline and the caller's identity.
 # To add a route: one row in ROUTES and a method of that name.
 
-ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> method, work, dialect
+ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> methods, work, dialect
     "/": ("GET", "about", ""), "/health": ("GET", "health", ""), "/healthz": ("GET", "health", ""),
     "/readyz": ("GET", "ready", ""), "/status": ("GET", "status", ""),
     "/models": ("GET", "models", ""), "/models/": ("GET", "models", ""),
     "/chat/completions": ("POST", "answer", "chat"),
     "/messages": ("POST", "answer", "messages"),
     "/messages/count_tokens": ("POST", "count", "messages"),
+    "/responses": ("POST", "answer", "responses"),
+    "/responses/input_tokens": ("POST", "count", "responses"),
+    "/responses/": ("GET, DELETE", "stored", "responses"),
 }
 PUBLIC = ("about", "health", "ready")       # work that needs no key
 PREFIXES = ("chat",)            # backends that a path may name:  /chat/v1/messages
 
 
 def route_path(path: str) -> tuple[str, str]:
-    """The path as ROUTES knows it, and the model in it.  All of the ways to write a base URL work.
+    """The path as ROUTES knows it, and the name in it.  All of the ways to write a base URL work.
 
     /v1/messages, /messages, /v1/v1/messages, /v1/messages/, /chat/v1/messages -> "/messages", ""
     /v1/chat/completions/models (the endpoint taken for a base) -> "/models", ""
     /v1/models/a/b -> "/models/", "a/b"
     """
-    path, slash, model = ("/" + path.strip("/") + "/").partition("/models/")
-    parts = [part for part in path.split("/") if part] + ["models"] * bool(slash)
+    found = re.fullmatch(r"(.*?/(?:models|responses))/(.+)", "/" + path.strip("/"), re.S)
+    path, name = found.groups() if found else (path, "")
+    parts = [part for part in path.split("/") if part]
     if len(parts) > 1 and parts[0] in PREFIXES and parts[1] != "completions":
         del parts[0]
-    known, model = "/" + "/".join(part for part in parts if part != "v1"), model.strip("/")
-    for base in ("/chat/completions", "/messages"):
-        if known.startswith(base) and known[len(base):] in ROUTES:
-            known = known[len(base):]
-    return known + "/" * bool(model), model
+    known = "/" + "/".join(part for part in parts if part != "v1")
+    for base in ("/chat/completions", "/messages", "/responses"):
+        inner = f"{known}/{name}" if name else known
+        if inner.startswith(base) and inner[len(base):] in ROUTES:
+            return inner[len(base):], ""
+        if inner in ROUTES:
+            return inner, ""
+    return known + "/" * bool(name), name
 
 
 @dataclass
@@ -2433,6 +2825,7 @@ class Call:
     dialect: Dialect | None = None
     turn: Turn | None = None
     message: Message | None = None
+    asked: Any = None                       # `input` of Responses, to be stored
     receipt: Receipt = field(default_factory=Receipt)
     status: int = 0
     failure: str = ""
@@ -2458,7 +2851,7 @@ class Call:
             self.message.add(event)
             if not self.first_at and event["type"] == "content_block_delta":
                 self.first_at = self.now()
-            frames += self.dialect.frames(self.message, event) if self.turn.stream else []
+            frames += self.frames(event) if self.turn.stream else []
         if frames:
             self.write(frames)
             await self.connection.drain()
@@ -2467,6 +2860,11 @@ class Call:
             self.connection.end()
         elif self.message.done:
             await self.send(200, self.dialect.body(self.message))
+
+    def frames(self, event: dict) -> list[bytes]:
+        frames = self.dialect.frames(self.message, event)
+        self.message.sent += len(frames)
+        return frames
 
     def write(self, frames: list[bytes]) -> None:
         """Send frames; the head goes with the first: by then it is known how the turn is served."""
@@ -2481,7 +2879,7 @@ class Call:
     def ping(self) -> None:
         """A heartbeat that the dialect's clients read over."""
         self.message.add({"type": "ping"})
-        self.write(self.dialect.frames(self.message, {"type": "ping"}))
+        self.write(self.frames({"type": "ping"}))
 
     async def fail(self, error: ApiError) -> None:
         """Tell of a failure: a status before the first event, the dialect's own error after it."""
@@ -2496,7 +2894,7 @@ class Call:
                 self.headers["WWW-Authenticate"] = "Bearer"
             await self.send(error.status, {**envelope, "request_id": self.name})
         elif self.turn and not self.message.done:
-            self.write(self.dialect.frames(self.message, {**envelope, "type": "error"}))
+            self.write(self.frames({**envelope, "type": "error"}))
             self.connection.end()
 
     def log_line(self, started: float) -> str:
@@ -2518,6 +2916,7 @@ class App:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.port, self._started = settings, 0, int(time.time())
         self.conversations = Conversations(settings)
+        self.store = Store(state_dir(settings), settings.store_days, settings.store_size)
         self.server = Server(settings, self.handle, self.refuse)
         if not is_loopback(settings.host) and not settings.api_key:
             raise ConfigError(f"refusing to listen on {settings.host} without a key: anybody there "
@@ -2539,6 +2938,7 @@ class App:
         finally:
             await self.server.stop()
             await self.conversations.stop()
+            await self.store.close()
 
     # -- a request
 
@@ -2593,7 +2993,7 @@ class App:
                 "Access-Control-Allow-Headers": wished, "Access-Control-Max-Age": "600"}
                 if origin else {})})
             return ""
-        if method not in (served, "HEAD"):
+        if method not in (*served.split(", "), "HEAD"):
             call.headers["Allow"] = methods
             raise ApiError("method_not_allowed", f"{method} is not served here; use {methods}")
         if work not in PUBLIC:
@@ -2615,8 +3015,10 @@ class App:
         kind = call.request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError("unsupported_media_type", "Content-Type: expected application/json")
-        body = parse_json(await call.connection.read_body(self.settings.max_body))
-        turn = call.dialect.parse(body)
+        body, earlier = parse_json(await call.connection.read_body(self.settings.max_body)), []
+        if call.dialect is DIALECTS["responses"]:
+            earlier = await self.store.run(self.store.recall, body, call.receipt.caller)
+        turn, call.asked = call.dialect.parse(body, earlier), body.get("input")
         call.receipt.ignored = list(turn.ignored)
         return turn
 
@@ -2632,7 +3034,8 @@ class App:
     async def _answer(self, call: Call) -> None:
         """A model's answer, whole or streamed."""
         turn = call.turn = await self._parse(call)
-        call.message = Message(secrets.token_hex(14), turn.model, int(time.time()), turn.wants)
+        ticket = secrets.token_hex(TICKET // 2)
+        call.message = Message(ticket, turn.model, int(time.time()), turn.wants)
         beating = asyncio.ensure_future(self._beat(call)) if turn.stream else None
         try:
             await self._in_time(self._play(call))
@@ -2645,9 +3048,20 @@ class App:
         bursts = self.conversations.events(call.turn, call.message, call.receipt)
         try:
             async for events in bursts:
+                if events[-1]["type"] == "message_stop":
+                    await self._keep(call)
                 await call.give(events)
         finally:
             await bursts.aclose()
+
+    async def _keep(self, call: Call) -> None:
+        """Store a response before its end is told: it may be continued at once."""
+        if call.turn.wants.get("echo", {}).get("store"):
+            response = call.dialect.body(call.message)
+            try:
+                await self.store.run(self.store.keep, response, call.asked, call.receipt.caller)
+            except ApiError as error:       # the answer is good without it
+                say(f"{call.name}: {error.message}")
 
     async def _beat(self, call: Call) -> None:
         """A heartbeat whenever a stream has been silent for long, also before its first event."""
@@ -2660,7 +3074,36 @@ class App:
 
     async def _count(self, call: Call) -> None:
         turn = await self._parse(call)
-        await call.send(200, {"input_tokens": await self._in_time(self.conversations.count(turn))})
+        kind = {"object": "response.input_tokens"} if call.dialect is DIALECTS["responses"] else {}
+        tokens = await self._in_time(self.conversations.count(turn))
+        await call.send(200, {**kind, "input_tokens": tokens})
+
+    async def _stored(self, call: Call) -> None:
+        """GET or DELETE of a stored response; GET of its input, a page of it, newest first."""
+        name, _, part = route_path(call.request.path)[1].partition("/")
+        who, query = (name, call.receipt.caller), call.request.query
+        missing = ApiError("not_found", f"no response {name[:100]!r} is stored", "response_id")
+        if call.request.method == "DELETE" and not part:
+            if not await self.store.run(self.store.delete, *who):
+                raise missing
+            return await call.send(200, {"id": name, "object": "response", "deleted": True})
+        response = await self.store.run(self.store.read, *who)
+        if not response or part not in ("", "input_items") or call.request.method == "DELETE":
+            raise missing
+        if not part:
+            return await call.send(200, response)
+        limit = query.get("limit", "20")
+        if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
+            raise refusal("limit", "expected 1 to 100")
+        items = await self.store.run(self.store.context, *who)
+        items = items[:len(items) - len(response["output"])]
+        items = items if query.get("order") == "asc" else items[::-1]
+        names = [item["id"] for item in items]
+        first = names.index(query["after"]) + 1 if query.get("after") in names else 0
+        page = slice(first, first + int(limit))
+        await call.send(200, {
+            "object": "list", "data": items[page], "has_more": page.stop < len(items),
+            "first_id": next(iter(names[page]), None), "last_id": (names[page] or [None])[-1]})
 
     async def _models(self, call: Call) -> None:
         """What the CLI reports, by name and full id, and what --models names: for both SDKs."""
@@ -2706,7 +3149,7 @@ class App:
                 "idle": len(talk.idle) - parked}, "connections": len(self.server.connections)})
 
 
-# == 11. Commands ==================================================================================
+# == 12. Commands ==================================================================================
 # The command line: serve, doctor, version, the stand-in; and the two ways in for importers.
 
 def serve(settings: Settings | None = None) -> None:
