@@ -155,6 +155,7 @@ class Message:
     stop_sequence: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     calls: int = 0                          # tool_use blocks so far
+    arguments: dict[str, str] = field(default_factory=dict)     # id of a call -> as it was written
     openings: int = 0                       # pings and message_start seen: 1 at the first of them
     sent: int = 0                           # frames of it that the caller has been given
     done: bool = False
@@ -178,8 +179,11 @@ class Message:
         elif kind == "content_block_stop":
             block = self.content[-1]
             for target, pieces in self.parts.items():
-                block[target] = parse_input("".join(pieces)) if target == "input" else \
-                    "".join([block.get(target) or "", *pieces])
+                text = "".join(pieces)
+                if target == "input":
+                    self.arguments[block["id"]] = text
+                block[target] = parse_input(text) if target == "input" else (
+                    (block.get(target) or "") + text)
             self.open = False
         elif kind == "message_start":
             self.start = event["message"]
@@ -640,7 +644,7 @@ def parse_reasoning(item: dict, where: str) -> list[dict]:
             {"type": kind, "thinking": thought, "signature": proof}] if kind in THOUGHTS else []
 
 
-def finish_history(turns: list[tuple[str, list[dict], str]]) -> tuple[dict, ...]:
+def finish_history(turns: list[tuple[str, list[dict], str]], slot: str) -> tuple[dict, ...]:
     """(role, blocks, where) as Anthropic messages: neighbours of one role merged, empty text left
     out, tool results first, every call with its result.  ApiError where the real API refuses."""
     merged: list[tuple[str, list[dict], str]] = []
@@ -668,7 +672,7 @@ def finish_history(turns: list[tuple[str, list[dict], str]]) -> tuple[dict, ...]
             raise refusal(where, "tool calls need unique ids, in an assistant's message")
         known.update(calls)
     if not merged or merged[-1][0] == "assistant":
-        raise refusal(merged[-1][2] if merged else "messages", "the last message has to be the "
+        raise refusal(merged[-1][2] if merged else slot, "the last message has to be the "
                       "user's, or a tool result: the models take no prefill")
     return tuple({"role": role, "content": blocks} for role, blocks, _ in merged)
 
@@ -696,7 +700,7 @@ def parse_history(items: list, slot: str, known: dict, earlier: int = 0
             blocks = parse_parts(item.get("content"), where + ".content")
             blocks += parse_calls(item, where, called, known) if role == "assistant" else []
             turns.append((role, blocks, where))
-    return "\n\n".join(filter(None, system)), finish_history(turns)
+    return "\n\n".join(filter(None, system)), finish_history(turns, slot)
 
 
 # -- tools and fields
@@ -907,14 +911,6 @@ def parse_body(body: dict, earlier: list = ()) -> Turn:
                 {wish: value for wish, value in wants.items() if value})
 
 
-def call_text(block: dict, known: Mapping[str, str]) -> str:
-    """The arguments of a finished call as text; of a free tool, what it was given."""
-    said = block["input"]
-    if "free" in known and isinstance(said, dict) and isinstance(said.get("input"), str):
-        return said["input"]
-    return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
-
-
 # -- Messages: https://docs.anthropic.com/en/api/messages
 
 def messages_frames(message: Message, event: dict) -> list[bytes]:
@@ -971,6 +967,15 @@ def caller_tool(message: Message, block: dict) -> Mapping[str, str]:
     return message.wants.get("tools", {}).get(block.get("name"), {})
 
 
+def call_text(message: Message, block: dict) -> str:
+    """The arguments of a finished call as text; of a free tool, what it was given."""
+    said = block["input"]
+    if "free" in caller_tool(message, block) and isinstance(said, dict):
+        said = said.get("input", said)
+        return said if isinstance(said, str) else json.dumps(said)
+    return message.arguments.get(block["id"]) or json.dumps(said)
+
+
 def chat_call(message: Message, text: str, start: bool = False) -> list[bytes]:
     """A chunk with (a piece of) the tool call that is being written; the old style has but one."""
     block = message.content[-1]
@@ -1010,7 +1015,7 @@ def chat_frames(message: Message, event: dict) -> list[bytes]:
         if delta.get("partial_json") and "free" not in known:
             return chat_call(message, delta["partial_json"])
         late = kind == "content_block_stop" and ("free" in known or not any(pieces))
-        return chat_call(message, call_text(block, known)) if late else []  # "" is no JSON
+        return chat_call(message, call_text(message, block)) if late else []    # "" is no JSON
     if kind == "message_delta":
         return chat_chunk(message, {})
     if kind == "message_stop":
@@ -1021,9 +1026,9 @@ def chat_frames(message: Message, event: dict) -> list[bytes]:
 
 def chat_body(message: Message) -> dict:
     calls = [{"id": block["id"], "type": slot, slot: {
-        "name": block["name"], SAID[slot]: call_text(block, known)}}
+        "name": block["name"], SAID[slot]: call_text(message, block)}}
         for block in message.content if block["type"] == "tool_use"
-        for known in [caller_tool(message, block)] for slot in [known.get("free", "function")]]
+        for slot in [caller_tool(message, block).get("free", "function")]]
     answer = {"role": "assistant", "refusal": None,
               "content": message.said("text") or (None if calls else "")}
     if message.said("thinking"):
@@ -1098,7 +1103,7 @@ def response_item(message: Message, at: int, done: bool = True) -> dict:
     if kind != "tool_use":
         return {}
     call = {"status": status, "call_id": block["id"], "name": block["name"]}
-    text = call_text(block, known) if done else ""
+    text = call_text(message, block) if done else ""
     if "free" in known:
         return {"id": "ctc_" + name, "type": "custom_tool_call", **call, "input": text}
     return {"id": "fc_" + name, "type": "function_call", **call, **known, "arguments": text}

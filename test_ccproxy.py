@@ -404,7 +404,7 @@ def stream(url, path, body, headers=None):
     return events
 
 
-PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
+PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages", "responses": "/v1/responses"}
 
 
 class Said(NamedTuple):
@@ -412,11 +412,11 @@ class Said(NamedTuple):
     status: int
     headers: Any
     raw: Any                # JSON, or the events
-    message: dict           # the assistant's, as the client puts it into its history
+    message: Any            # the assistant's, as the client puts it into its history; or items
     text: str
     thinking: str
     calls: list             # [(id, name, arguments)]
-    finish: Any             # Chat: finish_reason; Messages: (stop_reason, stop_sequence)
+    finish: Any             # finish_reason; Messages: (stop_reason, stop_sequence)
     usage: Any
 
 
@@ -469,6 +469,38 @@ def read_messages(events):
     return answer
 
 
+def read_responses(events):
+    """The response of a Responses stream, checked to be what the events before it have told."""
+    told = [data for _, data in events]
+    assert [name for name, _ in events] == [data["type"] for data in told]
+    assert [data["sequence_number"] for data in told] == list(range(len(told)))
+    assert [data["type"] for data in told[:2]] == ["response.created", "response.in_progress"]
+    assert len({data["response"]["id"] for data in told if "response" in data}) == 1
+    added, done, pieces = {}, {}, {}
+    for data in told:
+        kind, at = data["type"].rpartition(".")[2], data.get("output_index")
+        if data["type"] == "response.output_item.added":
+            added[at] = data["item"]
+        elif data["type"] == "response.output_item.done":
+            done[at] = data["item"]
+            assert [data["item"][key] for key in ("id", "type")] == [
+                added[at][key] for key in ("id", "type")]
+        elif kind == "delta":
+            pieces[at] = pieces.get(at, "") + data["delta"]
+        elif kind == "done" and "part" not in data:
+            whole = data.get("text", data.get("arguments", data.get("input")))
+            assert whole == pieces.get(at, "")
+        assert "item_id" not in data or data["item_id"] == added[at]["id"]
+    last = told[-1]["response"]
+    if last["status"] in ("completed", "incomplete"):
+        assert last["output"] == [done[at] for at in range(len(done))]
+        assert told[-1]["type"] == "response." + last["status"]
+    return last
+
+
+READERS = {"chat": read_chat, "messages": read_messages, "responses": read_responses}
+
+
 class Client:
     """One conversation of a client that keeps its history itself, and sends all of it each time."""
 
@@ -481,10 +513,12 @@ class Client:
         """Send messages (text and parts are the user's) with what was said before."""
         self.messages = self.messages + [m if isinstance(m, dict) else {
             "role": "user", "content": m} for m in messages]
-        self.body = {**self.fields, **fields, "messages": self.messages}
+        slot = "input" if self.dialect == "responses" else "messages"
+        self.body = {**self.fields, **fields, slot: self.messages}
         said = self.again(streamed)
         if said.status == 200:
-            self.messages = self.messages + [said.message]
+            self.messages = self.messages + (
+                said.message if isinstance(said.message, list) else [said.message])
         return said
 
     def again(self, streamed=False):
@@ -497,11 +531,24 @@ class Client:
             usage = {"stream_options": {"include_usage": True}} if self.dialect == "chat" else {}
             raw = stream(self.url, path, {**self.body, **usage})
             status, headers = raw.status, raw.headers
-            answer = (read_chat if self.dialect == "chat" else read_messages)(raw)
+            answer = READERS[self.dialect](raw) if status == 200 else raw
         if status != 200:
             return Said(status, headers, raw, {}, "", "", [], None, None)
-        read = self._chat if self.dialect == "chat" else self._messages
-        return Said(status, headers, raw, *read(answer))
+        read = {"chat": self._chat, "messages": self._messages, "responses": self._responses}
+        return Said(status, headers, raw, *read[self.dialect](answer))
+
+    def _responses(self, answer):
+        items = answer["output"]
+        calls = [(c["call_id"], c["name"], json.loads(c["arguments"]) if "arguments" in c else
+                  c["input"]) for c in items if "call_id" in c]
+        finish = "tool_calls" if calls else "stop"
+        if answer["incomplete_details"]:
+            finish = {"max_output_tokens": "length", "content_filter": "content_filter"}[
+                answer["incomplete_details"]["reason"]]
+        return (items, "".join(part["text"] for item in items if item["type"] == "message"
+                               for part in item["content"]),
+                "".join(part["text"] for item in items if item["type"] == "reasoning"
+                        for part in item["summary"]), calls, finish, answer["usage"])
 
     def _chat(self, answer):
         message = answer["choices"][0]["message"]
@@ -522,6 +569,9 @@ class Client:
         """Messages with tool results, given as (call id, content[, is_error])."""
         if self.dialect == "chat":
             return [{"role": "tool", "tool_call_id": call, "content": content}
+                    for call, content, *_ in results]
+        if self.dialect == "responses":
+            return [{"type": "function_call_output", "call_id": call, "output": content}
                     for call, content, *_ in results]
         return [{"role": "user", "content": [
             {"type": "tool_result", "tool_use_id": call, "content": content,
@@ -621,6 +671,7 @@ def real(bench):
 # == Pure: vocabulary, dialects, protocol, keys, wire ==============================================
 
 BOTH = pytest.mark.parametrize("dialect", ["chat", "messages"])
+ALL = pytest.mark.parametrize("dialect", ["chat", "messages", "responses"])
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -664,7 +715,8 @@ PING = {"type": "ping"}
 
 
 def fresh(wants=()):
-    return Message(ticket="abc", model="asked", created=5, wants=dict.fromkeys(wants, True))
+    wants = wants if isinstance(wants, dict) else dict.fromkeys(wants, True)
+    return Message(ticket="abc", model="asked", created=5, wants=wants)
 
 
 def fold(events):
@@ -675,11 +727,12 @@ def fold(events):
 
 
 def pure_stream(dialect, events, wants=()):
-    """The bytes that a client of the dialect receives."""
+    """The bytes that a client of the dialect receives; `wants` as names or as a dict."""
     message, frames = fresh(wants), []
     for event in events:
         message.add(event)
-        frames += DIALECTS[dialect].frames(message, event)
+        told = DIALECTS[dialect].frames(message, event)
+        frames, message.sent = frames + told, message.sent + len(told)
     return b"".join(frames)
 
 
@@ -688,7 +741,7 @@ def sse(data):
     frames = []
     assert data.endswith(b"\n\n") or not data
     for frame in data.decode("ascii").split("\n\n")[:-1]:
-        found = re.fullmatch(r"(?:event: (\w+)\n)?data: (.+)", frame)
+        found = re.fullmatch(r"(?:event: ([\w.]+)\n)?data: (.+)", frame)
         assert found, frame
         value = found.group(2)
         frames.append((found.group(1) or "", value if value == "[DONE]" else json.loads(value)))
@@ -707,7 +760,7 @@ def deltas(events, wants=()):
 
 def chat_body(events, wants=()):
     message = fold(events)
-    message.wants = dict.fromkeys(wants, True)
+    message.wants = fresh(wants).wants
     return DIALECTS["chat"].body(message)
 
 
@@ -1346,6 +1399,236 @@ def test_a_turn_repeats_the_model_as_asked():
     assert parse("chat").model == "m"
 
 
+# -- Responses
+
+HI = {"role": "user", "content": "hi"}
+
+
+def items(given, **fields):
+    return DIALECTS["responses"].parse({"model": "m", "input": given, **fields})
+
+
+FUNCTION_CALL = {"type": "function_call", "id": "fc_1", "call_id": "toolu_1", "status": "completed",
+                 "name": "get_weather", "arguments": '{"city": "P"}'}
+FREE_CALL = {"type": "custom_tool_call", "id": "ctc_1", "call_id": "toolu_2", "name": "patch",
+             "input": "*** Begin"}
+FREE_USE = {"type": "tool_use", "id": "toolu_2", "name": "patch", "input": {"input": "*** Begin"}}
+PROOF = {"type": "thinking", "thinking": "hm", "signature": "sig:=="}
+ITEMS = [       # input of Responses -> the messages
+    ("hi", [user(said("hi"))]),
+    ([{"role": "user", "content": "hi"}], [user(said("hi"))]),
+    ([{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"},
+       {"type": "input_image", "detail": "auto", "image_url": "data:image/png;base64," + PNG},
+       {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64," + PDF}
+       ]}], [user(said("a"), IMAGE, {**DOCUMENT, "title": "a.pdf"})]),
+    ([HI, {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant",
+            "content": [{"type": "output_text", "text": "b", "annotations": [], "logprobs": []},
+                        {"type": "refusal", "refusal": "no"}]}, HI],
+     [user(said("hi")), {"role": "assistant", "content": [said("b"), said("no")]},
+      user(said("hi"))]),
+    ([HI, FUNCTION_CALL, FREE_CALL,
+      {"type": "custom_tool_call_output", "call_id": "toolu_2", "output": "done"},
+      {"type": "function_call_output", "call_id": "toolu_1", "output": [
+          {"type": "input_text", "text": "sunny"},
+          {"type": "input_image", "image_url": "data:image/png;base64," + PNG}]}],
+     [user(said("hi")), {"role": "assistant", "content": [CALL, FREE_USE]},
+      user(result([said("done")], "toolu_2"), result([said("sunny"), IMAGE]))]),
+    ([HI, {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}],
+            "encrypted_content": "thinking:sig:=="}, FUNCTION_CALL,
+      {"type": "function_call_output", "call_id": "toolu_1", "output": ""}],
+     [user(said("hi")), {"role": "assistant", "content": [PROOF, CALL]}, user(result([]))]),
+    ([HI, {"type": "reasoning", "summary": [], "encrypted_content": "redacted_thinking:xyz"},
+      {"role": "assistant", "content": "b"}, HI],
+     [user(said("hi")), {"role": "assistant", "content": [
+         {"type": "redacted_thinking", "data": "xyz"}, said("b")]}, user(said("hi"))]),
+    ([HI, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "another's"}],
+            "encrypted_content": "gAAAA"}, {"type": "reasoning", "summary": []},
+      {"role": "assistant", "content": "b"}, HI],
+     [user(said("hi")), {"role": "assistant", "content": [said("b")]}, user(said("hi"))]),
+    ([HI, {**FUNCTION_CALL, "namespace": "sky"},
+      {"type": "function_call_output", "call_id": "toolu_1", "output": "x"}],
+     [user(said("hi")), {"role": "assistant", "content": [{**CALL, "name": "sky__get_weather"}]},
+      user(result([said("x")]))]),
+]
+
+
+@pytest.mark.parametrize("given, messages", ITEMS)
+def test_every_item_of_an_input_has_its_place_in_the_messages(given, messages):
+    assert list(items(given).messages) == messages
+
+
+def test_instructions_and_developer_messages_are_the_system_text():
+    turn = items([{"role": "developer", "content": [{"type": "input_text", "text": "B"}]}, HI,
+                  {"type": "message", "role": "system", "content": "C"}], instructions="A")
+    assert (turn.system, turn.messages) == ("A\n\nB\n\nC", (user(said("hi")),))
+
+
+FLAT = {"type": "function", "name": "get_weather", "description": "of a city", "strict": True,
+        "parameters": WEATHER["input_schema"]}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: patch"}
+PATCH = {"type": "custom", "name": "patch", "description": "Edit.", "format": GRAMMAR}
+FREE_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+               "additionalProperties": False}
+FREE_TOOL = {"name": "patch", "input_schema": FREE_SCHEMA, "description":
+             "Edit.\n\nThe input has to match this lark grammar:\nstart: patch"}
+
+
+@ALL
+@pytest.mark.parametrize("given, tool, known", [
+    (FLAT, {**WEATHER, "strict": True}, {}),
+    (PATCH, FREE_TOOL, {"patch": {"free": "function"}}),
+    ({"type": "custom", "custom": {"name": "patch", "description": "Edit.", "format": {
+        "type": "grammar", "grammar": {"syntax": "lark", "definition": "start: patch"}}}},
+     FREE_TOOL, {"patch": {"free": "custom"}}),
+    ({"type": "custom", "name": "patch", "format": {"type": "text"}},
+     {"name": "patch", "description": "", "input_schema": FREE_SCHEMA},
+     {"patch": {"free": "function"}}),
+    ({"type": "namespace", "name": "sky", "description": "d", "tools": [FLAT]},
+     {**WEATHER, "name": "sky__get_weather", "strict": True},
+     {"sky__get_weather": {"namespace": "sky", "name": "get_weather"}}),
+    ({"type": "custom", **WEATHER}, WEATHER, {})])
+def test_every_kind_of_tool_is_one_that_the_model_can_call(dialect, given, tool, known):
+    slot = "input" if dialect == "responses" else "messages"
+    turn = DIALECTS[dialect].parse({"model": "m", slot: [HI], "tools": [given]})
+    assert (list(turn.tools), turn.wants.get("tools", {})) == ([tool], known)
+    assert not turn.ignored
+
+
+@pytest.mark.parametrize("kind", ["web_search", "web_search_preview", "file_search", "computer",
+                                  "computer_use_preview", "code_interpreter", "image_generation",
+                                  "mcp", "local_shell", "shell", "apply_patch", "tool_search"])
+def test_a_tool_that_only_the_vendor_could_run_is_named_or_refused_if_it_is_forced(kind):
+    turn = items("hi", tools=[FLAT, {"type": kind}])
+    assert ([t["name"] for t in turn.tools], turn.ignored) == (["get_weather"], (f"tools[1].{kind}",))
+    for choice in ({"type": kind}, "required"):
+        error = refused("responses", {"model": "m", "input": "hi", "tools": [{"type": kind}],
+                                      "tool_choice": choice})
+        assert error.param in ("tool_choice", "tool_choice.type")
+
+
+@pytest.mark.parametrize("choice, expected, names", [
+    ("auto", {"type": "auto"}, "ab"), ("none", {"type": "none"}, "ab"),
+    ("required", {"type": "any"}, "ab"),
+    ({"type": "function", "name": "a"}, {"type": "tool", "name": "a"}, "ab"),
+    ({"type": "custom", "name": "b"}, {"type": "tool", "name": "b"}, "ab"),
+    ({"type": "custom", "custom": {"name": "b"}}, {"type": "tool", "name": "b"}, "ab"),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "custom", "name": "b"}]},
+     {"type": "auto"}, "b"),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [
+        {"type": "function", "function": {"name": "a"}}]}}, {"type": "any"}, "a")])
+def test_tool_choice_in_each_of_its_forms(choice, expected, names):
+    tools = [{"type": "function", "name": "a"}, {"type": "custom", "name": "b"}]
+    turn = items("hi", tools=tools, tool_choice=choice)
+    assert (turn.fields["tool_choice"], "".join(t["name"] for t in turn.tools)) == (expected, names)
+
+
+def test_parallel_calls_can_be_switched_off_in_responses():
+    turn = items("hi", tools=[FLAT], parallel_tool_calls=False)
+    assert turn.fields["tool_choice"] == {"type": "auto", "disable_parallel_tool_use": True}
+
+
+def test_parameters_of_responses_are_the_models_parameters():
+    schema = {"type": "object", "properties": {}}
+    turn = items("hi", max_output_tokens=50, temperature=0.5, top_p=0.5, stop=["x"], stream=True,
+                 reasoning={"effort": "minimal", "summary": "auto"}, text={"verbosity": "low",
+                 "format": {"type": "json_schema", "name": "n", "strict": True, "schema": schema}})
+    assert turn.fields == {"max_tokens": 50, "temperature": 0.5, "top_p": 0.5, "effort": "low",
+                           "stop_sequences": ["x"]}
+    assert (turn.schema, turn.stream, turn.ignored) == (schema, True, ("text.verbosity",))
+    assert turn.said["max_tokens"] == "max_output_tokens"
+    assert items("hi", text={"format": {"type": "json_object"}}).schema == {"type": "object"}
+    assert items("hi", text={"format": {"type": "text"}}).schema is None
+
+
+@pytest.mark.parametrize("fields, ignored", [
+    ({"store": False, "metadata": {"a": "b"}, "previous_response_id": "resp_1",
+      "truncation": "disabled", "include": ["reasoning.encrypted_content"], "background": False,
+      "user": None, "conversation": None}, []),
+    ({"truncation": "auto", "include": ["message.output_text.logprobs"], "top_logprobs": 2,
+      "prompt_cache_key": "k", "service_tier": "flex", "max_tool_calls": 3},
+     ["include", "max_tool_calls", "prompt_cache_key", "service_tier", "top_logprobs",
+      "truncation"])])
+def test_what_responses_cannot_honour_is_named_and_nothing_else(fields, ignored):
+    assert list(items("hi", **fields).ignored) == ignored
+
+
+@pytest.mark.parametrize("body, param, word", [
+    ({}, "input", "expected"), ({"input": 5}, "input", "expected"), ({"input": []}, "input", ""),
+    ({"input": ""}, "input[0]", "empty"),
+    ({"input": "hi", "background": True}, "background", "leave it out"),
+    ({"input": "hi", "conversation": "conv_1"}, "conversation", "previous_response_id"),
+    ({"input": "hi", "prompt": {"id": "p"}}, "prompt", "instructions"),
+    ({"input": [HI, {"type": "web_search_call", "id": "x"}]}, "input[1].type", "web_search_call"),
+    ({"input": [{"type": {}}]}, "input[0].type", "string"),
+    ({"input": [5]}, "input[0]", "object"),
+    ({"input": [{"type": "message", "content": "x"}]}, "input[0].role", "string"),
+    ({"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input[0].content[0].type",
+     "input_audio"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+     "input[0].content[0].image_url", "string"),
+    ({"input": [HI, {**FUNCTION_CALL, "call_id": None}]}, "input[1].call_id", "string"),
+    ({"input": [HI, {**FUNCTION_CALL, "arguments": "[1]"}]}, "input[1].arguments", "object"),
+    ({"input": [HI, {**FUNCTION_CALL, "name": ""}]}, "input[1].name", "empty"),
+    ({"input": [HI, {**FREE_CALL, "input": {}}]}, "input[1].input", "string"),
+    ({"input": [HI, FUNCTION_CALL, HI]}, "input[2]", "no result"),
+    ({"input": [HI, FUNCTION_CALL]}, "input[1]", "last message"),
+    ({"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]}, "input[0]",
+     "answers no call"),
+    ({"input": [{"type": "reasoning", "encrypted_content": 5}]}, "input[0].encrypted_content",
+     "string"),
+    ({"input": "hi", "metadata": "x"}, "metadata", "object"),
+    ({"input": "hi", "store": "yes"}, "store", "true or false"),
+    ({"input": "hi", "include": "x"}, "include", "array"),
+    ({"input": "hi", "instructions": 5}, "instructions", "string"),
+    ({"input": "hi", "max_output_tokens": 0}, "max_output_tokens", "1 or more"),
+    ({"input": "hi", "text": "x"}, "text", "object"),
+    ({"input": "hi", "text": {"format": {"type": "xml"}}}, "text.format.type", "one of"),
+    ({"input": "hi", "tools": [{"type": "namespace", "tools": [FLAT]}]}, "tools[0].name", "string"),
+    ({"input": "hi", "tools": [{"type": "namespace", "name": "n", "tools": [FLAT, {"type":
+      "function", "name": 5}]}]}, "tools[0].tools[1].name", "string"),
+    ({"input": "hi", "tools": [PATCH, PATCH]}, "tools[1]", "twice"),
+    ({"input": "hi", "tools": [FLAT], "tool_choice": {"type": "allowed_tools", "mode": "auto"}},
+     "tool_choice.tools", "array"),
+    ({"input": "hi", "tools": [FLAT], "tool_choice": {"type": "allowed_tools", "mode": "required",
+      "tools": []}}, "tool_choice", "not there")])
+def test_a_wrong_input_is_refused_with_the_name_of_its_field(body, param, word):
+    error = refused("responses", {"model": "m", **body})
+    assert (error.param, word in error.message) == (param, True), error.message
+
+
+def test_stored_items_go_before_the_input_and_leave_its_positions_as_they_are():
+    earlier = [HI, FUNCTION_CALL]
+    done = {"type": "function_call_output", "call_id": "toolu_1", "output": "x"}
+    turn = DIALECTS["responses"].parse({"model": "m", "input": [done]}, earlier)
+    assert [m["role"] for m in turn.messages] == ["user", "assistant", "user"]
+    with pytest.raises(ApiError) as caught:
+        DIALECTS["responses"].parse({"model": "m", "input": [done, {"type": "odd"}]}, earlier)
+    assert caught.value.param == "input[1].type"
+
+
+@pytest.mark.parametrize("body", [
+    {"input": [{"role": "developer", "content": "S"}, HI, FUNCTION_CALL,
+               {"type": "function_call_output", "call_id": "toolu_1", "output": "sunny"}],
+     "tools": [FLAT, PATCH]},
+    {"messages": [{"role": "system", "content": "S"}, HI, {"role": "assistant", "content": [CALL]},
+                  user(result())], "tools": [{**WEATHER, "strict": True}, PATCH]}])
+def test_cursor_may_send_other_dialects_to_chat(body):
+    turn = DIALECTS["chat"].parse({"model": "m", **body})
+    assert (turn.system, turn.messages[1:]) == ("S", (
+        {"role": "assistant", "content": [CALL]}, user(result([said("sunny")]))))
+    assert [t["name"] for t in turn.tools] == ["get_weather", "patch"]
+
+
+@pytest.mark.parametrize("call", [
+    {"id": "toolu_2", "type": "function", "function": {"name": "patch", "arguments": "*** Begin"}},
+    {"id": "toolu_2", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}])
+def test_a_free_tools_call_comes_back_in_chat_as_the_text_that_it_was(call):
+    history = [HI, {"role": "assistant", "content": None, "tool_calls": [call]},
+               {"role": "tool", "tool_call_id": "toolu_2", "content": "done"}]
+    turn = parse("chat", history, tools=[PATCH])
+    assert turn.messages[1]["content"] == [FREE_USE]
+
+
 # -- what is refused, and under which name
 
 ASK, REPLY = user(said("q")), {"role": "assistant", "content": [CALL]}
@@ -1738,9 +2021,9 @@ def test_a_whole_chat_answer_has_every_field_that_clients_read():
         "choices": [{"index": 0, "logprobs": None, "finish_reason": "tool_calls", "message": {
             "role": "assistant", "content": "Let me look.", "refusal": None, "tool_calls": [
                 {"id": "toolu_1", "type": "function",
-                 "function": {"name": "get_weather", "arguments": '{"city": "P"}'}},
+                 "function": {"name": "get_weather", "arguments": '{"city":"P"}'}},
                 {"id": "toolu_2", "type": "function",
-                 "function": {"name": "get_time", "arguments": '{"zone": "CET"}'}}]}}],
+                 "function": {"name": "get_time", "arguments": '{"zone":"CET"}'}}]}}],
         "usage": {"prompt_tokens": 330, "completion_tokens": 9, "total_tokens": 339,
                   "prompt_tokens_details": {"cached_tokens": 300},
                   "completion_tokens_details": {"reasoning_tokens": 0}}}
@@ -1810,6 +2093,152 @@ def test_an_unknown_status_is_kept_too(status, vendor):
     error = ccproxy.status_error(status, "m")
     assert error.status == status
     assert DIALECTS["messages"].error(error)["error"]["type"] == vendor
+
+
+# -- Responses
+
+def life(events, wants=()):
+    """The events of a Responses stream, and their response by the checks of the test's reader."""
+    frames = sse(pure_stream("responses", events, wants))
+    read_responses(frames)
+    return [data for _, data in frames]
+
+
+def steps(events, wants=()):
+    """Event names without "response.", with output_index and what is told:  "output_text.delta 0 a"."""
+    found = []
+    for data in life(events, wants):
+        text = [str(data[key]) for key in ("output_index", "delta", "text", "arguments", "input")
+                if data.get(key) not in (None, "")]
+        found.append(" ".join([data["type"].replace("response.", "", 1), *text]))
+    return found
+
+
+FREE = {"tools": {"patch": {"free": "function"}}}
+OPENED, WHOLE = ["created", "in_progress"], ["completed"]
+TOLD_TEXT = ["output_item.added 0", "content_part.added 0", "output_text.delta 0 Hel",
+             "output_text.delta 0 lo", "output_text.done 0 Hello", "content_part.done 0",
+             "output_item.done 0"]
+SEQUENCES = [       # events -> (wishes, what a Responses client is told)
+    (HELLO, (), OPENED + TOLD_TEXT + WHOLE),
+    (THOUGHT, (), OPENED + [
+        "output_item.added 0", "reasoning_summary_part.added 0",
+        "reasoning_summary_text.delta 0 Let me ", "reasoning_summary_text.delta 0 think.",
+        "reasoning_summary_text.done 0 Let me think.", "reasoning_summary_part.done 0",
+        "output_item.done 0", "output_item.added 1", "content_part.added 1",
+        "output_text.delta 1 Done.", "output_text.done 1 Done.", "content_part.done 1",
+        "output_item.done 1"] + WHOLE),
+    ([start(), *call(0, "toolu_1", "f", "", '{"a"', ":1}"), *end("tool_use")], (), OPENED + [
+        "output_item.added 0", 'function_call_arguments.delta 0 {"a"',
+        "function_call_arguments.delta 0 :1}", 'function_call_arguments.done 0 {"a":1}',
+        "output_item.done 0"] + WHOLE),
+    ([start(), *call(0, "toolu_1", "f"), *end("tool_use")], (), OPENED + [
+        "output_item.added 0", "function_call_arguments.delta 0 {}",
+        "function_call_arguments.done 0 {}", "output_item.done 0"] + WHOLE),
+    ([start(), *call(0, "t1", "f", "{}"), *call(1, "t2", "g", "{}"), *end("tool_use")], (),
+     OPENED + [f"{name.format(at)}" for at in (0, 1) for name in (
+         "output_item.added {}", "function_call_arguments.delta {} {{}}",
+         "function_call_arguments.done {} {{}}", "output_item.done {}")] + WHOLE),
+    ([start(), *call(0, "t1", "patch", '{"input": "*** ', 'Begin"}'), *end("tool_use")], FREE,
+     OPENED + ["output_item.added 0", "custom_tool_call_input.delta 0 *** Begin",
+               "custom_tool_call_input.done 0 *** Begin", "output_item.done 0"] + WHOLE),
+    ([start(), *text(0, "No"), *end("refusal")], (), OPENED + [
+        "output_item.added 0", "content_part.added 0", "output_text.delta 0 No",
+        "output_text.done 0 No", "content_part.done 0", "output_item.done 0", "incomplete"]),
+    ([start(), *end("max_tokens")], (), OPENED + ["incomplete"]),
+    ([PING, start(), *text(0, "Hel", "lo"), *end()], (), OPENED + TOLD_TEXT + WHOLE),
+    ([start(), PING, *text(0, "Hel", "lo"), *end()], (), [*OPENED, "in_progress"] + TOLD_TEXT
+     + WHOLE),
+    ([start(), *block(0, {"type": "of_the_future", "x": 1}, {"type": "future_delta", "y": 2}),
+      *text(1, "Hel", "lo"), *end()], (), OPENED + TOLD_TEXT + WHOLE),
+    ([start(), *block(0, {"type": "redacted_thinking", "data": "xyz"}), *end()], (), OPENED + [
+        "output_item.added 0", "reasoning_summary_part.added 0", "reasoning_summary_text.done 0",
+        "reasoning_summary_part.done 0", "output_item.done 0"] + WHOLE),
+    ([start(), *text(0, "Hel", "lo")[:2], ERROR], (), OPENED + TOLD_TEXT[:3] + ["error", "failed"]),
+]
+
+
+@pytest.mark.parametrize("events, wants, expected", SEQUENCES)
+def test_a_responses_stream_tells_its_whole_life_in_order(events, wants, expected):
+    assert steps(events, wants) == expected
+
+
+@pytest.mark.parametrize("events, wants, _", [row for row in SEQUENCES if row[0][-1] != ERROR])
+def test_a_whole_response_is_the_one_that_its_stream_ends_with(events, wants, _):
+    message = fold(events)
+    message.wants = fresh(wants).wants
+    assert life(events, wants)[-1]["response"] == DIALECTS["responses"].body(message)
+
+
+@pytest.mark.parametrize("reason, status, cut", [
+    ("end_turn", "completed", None), ("tool_use", "completed", None), ("new", "completed", None),
+    ("max_tokens", "incomplete", "max_output_tokens"), ("refusal", "incomplete", "content_filter"),
+    ("model_context_window_exceeded", "incomplete", "max_output_tokens")])
+def test_a_response_says_whether_and_why_it_was_cut_short(reason, status, cut):
+    response = life([start(), *text(0, "a"), *end(reason)])[-1]["response"]
+    assert (response["status"], response["error"]) == (status, None)
+    assert response["incomplete_details"] == (cut and {"reason": cut})
+
+
+def test_a_response_that_fails_inside_its_stream_says_so_twice_and_never_that_it_is_whole():
+    error, failed = life([start(), *text(0, "a"), ERROR])[-2:]
+    assert (error["type"], error["error"]["message"]) == ("error", error["message"])
+    response = failed["response"]
+    assert (failed["type"], response["status"]) == ("response.failed", "failed")
+    assert response["error"]["message"] == error["message"] and response["error"]["code"]
+
+
+def test_a_response_has_every_field_that_clients_read_and_repeats_its_request():
+    asked = {"model": "m", "input": "hi", "metadata": {"a": "b"}, "temperature": 0.5,
+             "instructions": "I", "tools": [PATCH], "store": False, "max_output_tokens": 9}
+    message = fold([start(input_tokens=10, cache_read_input_tokens=5, cache_creation_input_tokens=3,
+                          output_tokens=1), *thinking(0, "hm"), *text(1, "a"), *end()])
+    message.wants = DIALECTS["responses"].parse(asked).wants
+    body = DIALECTS["responses"].body(message)
+    assert {name: body[name] for name in asked if name not in ("input", "model")} == {
+        name: value for name, value in asked.items() if name not in ("input", "model")}
+    for name in ("background", "parallel_tool_calls", "previous_response_id", "reasoning", "text",
+                 "tool_choice", "top_p", "truncation", "user", "error", "incomplete_details"):
+        assert name in body
+    assert (body["id"], body["object"], body["created_at"], body["model"], body["status"]) == (
+        "resp_abc", "response", 5, "asked", "completed")
+    assert body["usage"] == {
+        "input_tokens": 18, "input_tokens_details": {"cached_tokens": 5, "cache_write_tokens": 3},
+        "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 25}
+    reasoning, answer = body["output"]
+    assert reasoning["encrypted_content"] == "thinking:sig=="
+    assert (answer["status"], answer["content"]) == ("completed", [
+        {"type": "output_text", "text": "a", "annotations": [], "logprobs": []}])
+    assert len({item["id"] for item in body["output"]}) == 2
+
+
+@pytest.mark.parametrize("events", [TOOLS, THOUGHT, [
+    start(), *block(0, {"type": "redacted_thinking", "data": "xyz"}), *text(1, "a"), *end()]])
+def test_the_output_sent_back_as_input_is_the_message_that_it_was(events):
+    message = fold(events)
+    output = DIALECTS["responses"].body(message)["output"]
+    results = [{"type": "function_call_output", "call_id": item["call_id"], "output": "x"}
+               for item in output if "call_id" in item]
+    assert items([HI, *output, *(results or [HI])]).messages[1]["content"] == message.content
+
+
+def test_a_call_in_a_namespace_is_told_by_its_own_name():
+    wants = {"tools": {"sky__look": {"namespace": "sky", "name": "look"}}}
+    [item] = life([start(), *call(0, "t", "sky__look", "{}"), *end("tool_use")], wants)[-1][
+        "response"]["output"]
+    assert (item["type"], item["namespace"], item["name"]) == ("function_call", "sky", "look")
+
+
+@pytest.mark.parametrize("slot, field", [("function", "arguments"), ("custom", "input")])
+def test_a_free_tools_call_is_raw_text_in_chat_in_the_envelope_that_its_caller_reads(slot, field):
+    wants = {"tools": {"patch": {"free": slot}}}
+    events = [start(), *call(0, "t", "patch", '{"input": "***', ' Begin"}'), *end("tool_use")]
+    pieces = [d["tool_calls"][0] for d in deltas(events, wants)
+              if isinstance(d, dict) and "tool_calls" in d]
+    assert pieces == [{"index": 0, "id": "t", "type": slot, slot: {"name": "patch", field: ""}},
+                      {"index": 0, slot: {field: "*** Begin"}}]
+    [whole] = chat_body(events, wants)["choices"][0]["message"]["tool_calls"]
+    assert whole == {"id": "t", "type": slot, slot: {"name": "patch", field: "*** Begin"}}
 
 
 # == 5. CLI protocol ===============================================================================
