@@ -1073,7 +1073,8 @@ TOLD = {    # type of an output item -> its events' stem, its part's and index, 
 
 
 def parse_responses(body: dict, earlier: list = ()) -> Turn:
-    """A request body of Responses as a Turn that knows what its response has to repeat."""
+    """A request body of Responses as a Turn that wants its own items stored, or not, and knows
+    what its response has to repeat."""
     for name, instead in UNSERVED.items():
         if body.get(name):
             raise refusal(name, instead)
@@ -1084,7 +1085,8 @@ def parse_responses(body: dict, earlier: list = ()) -> Turn:
                     if name not in HONOURED or not HONOURED[name](body[name]))
     echo = {name: default if body.get(name) is None else body[name]
             for name, default in ECHO.items()}
-    return replace(turn, ignored=ignored, wants={**turn.wants, "echo": echo})
+    own = {"items": body.get("messages", body.get("input"))} if echo["store"] else {}
+    return replace(turn, ignored=ignored, wants={**turn.wants, **own, "echo": echo})
 
 
 def response_item(message: Message, at: int, done: bool = True) -> dict:
@@ -1679,19 +1681,27 @@ class Store:
                                 "ORDER BY depth DESC", (name, caller))
         return [item for row in rows for item in json.loads(row[0])]
 
-    def recall(self, body: dict, caller: str) -> list[dict]:
+    async def recall(self, body: dict, caller: str) -> list[dict]:
         """The items before those of a request; its references are replaced by what they name."""
-        name, items, found = body.get("previous_response_id"), body.get("input"), {}
-        for at, item in enumerate(items if isinstance(items, list) else []):
-            if isinstance(item, dict) and item.get("type") == "item_reference":
-                wanted = str(item.get("id"))
-                if wanted not in found:     # an item's id names its response
-                    owner = "resp_" + wanted.partition("_")[2][:TICKET]
-                    told = self.read(owner, caller, "items") or []
-                    found.update((each["id"], each) for each in told)
-                if wanted not in found:
-                    raise refusal(f"input[{at}].id", f"no item {wanted[:100]!r} is stored")
-                items[at] = found[wanted]
+        items = body["input"] if isinstance(body.get("input"), list) else []
+        places = [at for at, item in enumerate(items)
+                  if isinstance(item, dict) and item.get("type") == "item_reference"]
+        name = body.get("previous_response_id")
+        if name is None and not places:
+            return []
+        return await self.run(self._recall, name, items, places, caller)
+
+    def _recall(self, name: Any, items: list, places: list[int], caller: str) -> list[dict]:
+        found: dict[str, dict] = {}
+        for at in places:
+            wanted = str(items[at].get("id"))
+            if wanted not in found:         # an item's id names its response
+                owner = "resp_" + wanted.partition("_")[2][:TICKET]
+                told = self.read(owner, caller, "items") or []
+                found.update((each["id"], each) for each in told)
+            if wanted not in found:
+                raise refusal(f"input[{at}].id", f"no item {wanted[:100]!r} is stored")
+            items[at] = found[wanted]
         if name is None:
             return []
         earlier = self.context(need(name, "previous_response_id", str), caller)
@@ -2830,7 +2840,6 @@ class Call:
     dialect: Dialect | None = None
     turn: Turn | None = None
     message: Message | None = None
-    asked: Any = None                       # `input` of Responses, to be stored
     receipt: Receipt = field(default_factory=Receipt)
     status: int = 0
     failure: str = ""
@@ -3022,8 +3031,8 @@ class App:
             raise ApiError("unsupported_media_type", "Content-Type: expected application/json")
         body, earlier = parse_json(await call.connection.read_body(self.settings.max_body)), []
         if call.dialect is DIALECTS["responses"]:
-            earlier = await self.store.run(self.store.recall, body, call.receipt.caller)
-        turn, call.asked = call.dialect.parse(body, earlier), body.get("input")
+            earlier = await self.store.recall(body, call.receipt.caller)
+        turn = call.dialect.parse(body, earlier)
         call.receipt.ignored = list(turn.ignored)
         return turn
 
@@ -3061,10 +3070,11 @@ class App:
 
     async def _keep(self, call: Call) -> None:
         """Store a response before its end is told: it may be continued at once."""
-        if call.turn.wants.get("echo", {}).get("store"):
+        items = call.turn.wants.get("items")
+        if items is not None:
             response = call.dialect.body(call.message)
             try:
-                await self.store.run(self.store.keep, response, call.asked, call.receipt.caller)
+                await self.store.run(self.store.keep, response, items, call.receipt.caller)
             except ApiError as error:       # the answer is good without it
                 say(f"{call.name}: {error.message}")
 

@@ -2049,7 +2049,7 @@ def test_old_style_callers_get_a_function_call():
         {"function_call": {"arguments": '{"a":'}}, {"function_call": {"arguments": "1}"}},
         "function_call"]
     choice = chat_body(events, ["functions"])["choices"][0]
-    assert choice["message"]["function_call"] == {"name": "f", "arguments": '{"a": 1}'}
+    assert choice["message"]["function_call"] == {"name": "f", "arguments": '{"a":1}'}
     assert "tool_calls" not in choice["message"] and choice["finish_reason"] == "function_call"
 
 
@@ -2875,7 +2875,8 @@ def test_an_answer_validated_before_its_message_ends_keeps_usage_and_reason(
 
 # == the bench =====================================================================================
 
-PATHS_HTTP = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
+PATHS_HTTP = {"chat": "/v1/chat/completions", "messages": "/v1/messages",
+              "responses": "/v1/responses"}
 both_dialects = pytest.mark.parametrize("dialect", PATHS_HTTP)
 whole_and_streamed = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 
@@ -2901,6 +2902,8 @@ class Answer(NamedTuple):
     def text(self):
         if "choices" in self.json:
             return self.json["choices"][0]["message"]["content"]
+        if "output" in self.json:
+            return output_text(self.json)
         return "".join(b.get("text", "") for b in self.json["content"])
 
 
@@ -2996,7 +2999,7 @@ def frames(body):
     """An SSE body as [(event, data)]; anything but event and data lines is refused."""
     found = []
     for frame in body.decode().split("\n\n")[:-1]:
-        event, data = re.fullmatch(r"(?:event: (\w+)\n)?data: ([^\n]+)", frame).groups()
+        event, data = re.fullmatch(r"(?:event: ([\w.]+)\n)?data: ([^\n]+)", frame).groups()
         found.append((event, data if data == "[DONE]" else json.loads(data)))
     return found
 
@@ -3766,7 +3769,7 @@ def test_only_the_key_opens_the_api(guarded, dialect, field, good):
         assert "sk-t" not in answer.body.decode() and answer.headers["www-authenticate"]
         assert answer.error["type"] == "authentication_error" and answer.error["message"]
         assert dialect == "messages" or answer.error["code"] == "invalid_api_key"
-        assert dialect == "chat" or answer.json["type"] == "error"
+        assert dialect != "messages" or answer.json["type"] == "error"
 
 
 def test_a_good_key_beside_a_bad_one_opens_the_api(guarded):
@@ -3957,7 +3960,7 @@ def check_unavailable(base, *words):
     assert ask(base, "GET /health").status == 200
     found = [ask(base, "GET /readyz"), ask(base, "GET /v1/models"),
              *(http_post(base, "hi", dialect, stream=True) for dialect in PATHS_HTTP)]
-    assert [answer.status for answer in found] == [503] * 4
+    assert [answer.status for answer in found] == [503] * (2 + len(PATHS_HTTP))
     for answer in found:
         assert all(word in answer.error["message"] for word in words)
 
@@ -4108,6 +4111,12 @@ def failure(answer, dialect):
         assert found[-1] == (None, "[DONE]") and set(found[-2][1]) == {"error"}
         assert not any(c.get("finish_reason") for _, d in found[:-1] for c in d.get("choices", []))
         return answer.status, found[-2][1]["error"]["message"]
+    if dialect == "responses":
+        error, failed = [data for _, data in found[-2:]]
+        assert read_responses(found) == failed["response"] and failed["type"] == "response.failed"
+        assert error["type"] == "error" and failed["response"]["status"] == "failed"
+        assert error["error"]["message"] == failed["response"]["error"]["message"]
+        return answer.status, error["message"]
     assert found[-1][0] == "error" and found[-1][1]["type"] == "error"
     kinds = [kind for kind, _ in found]
     assert kinds.count("content_block_start") == kinds.count("content_block_stop")
@@ -4496,6 +4505,10 @@ def test_a_silent_stream_gets_heartbeats_that_the_dialects_clients_read_over(tmp
         assert all(data == {"type": "ping"} for kind, data in found if kind == "ping")
         assert kinds.count("ping") >= 4
         return
+    if dialect == "responses":
+        assert output_text(read_responses(found)) == "fine"
+        assert [kind for kind, _ in found].count("response.in_progress") >= 4
+        return
     chunks = [data for _, data in found[:-1]]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
@@ -4523,6 +4536,275 @@ def test_a_failure_after_heartbeats_ends_the_stream_in_the_dialects_own_way(tmp_
             "    put('result', is_error=True, subtype='success', api_error_status=429)")
     (status, message), _ = ask_badly(tmp_path, code, dialect, True, heartbeat=0.2)
     assert status == 200 and message == "slow"
+
+
+# == (f) stored responses ==========================================================================
+
+def respond(base, given, headers=None, **fields):
+    """The headers and the response of a request that has to succeed."""
+    status, told, response = post(base, "/v1/responses", {"model": "m", "input": given, **fields},
+                                  headers)
+    assert status == 200, response
+    return told, response
+
+
+def output_text(response):
+    return "".join(part["text"] for item in response["output"] if item["type"] == "message"
+                   for part in item["content"])
+
+
+def history_of(base, name, **query):
+    """[(role, text)] of a stored response's input, oldest first."""
+    found = get(base, f"/v1/responses/{name}/input_items?order=asc&limit=100")[2]["data"]
+    return [(item["role"], item["content"][0]["text"]) for item in found]
+
+
+def test_a_stored_response_can_be_continued_more_than_once_and_after_a_restart(tmp_path):
+    with serving(tmp_path) as base:
+        first = respond(base, "one")[1]
+        told, second = respond(base, "two", previous_response_id=first["id"])
+        assert (told["X-CC-Conversation"], output_text(second)) == ("continued", "two")
+        told, other = respond(base, "zwei", previous_response_id=first["id"])
+        assert (told["X-CC-Conversation"], output_text(other)) == ("rebuilt", "zwei")
+        assert second["previous_response_id"] == other["previous_response_id"] == first["id"]
+    with serving(tmp_path) as base:
+        for before, said in ((second, "two"), (other, "zwei")):
+            third = respond(base, [{"role": "user", "content": "three"}],
+                            previous_response_id=before["id"])[1]
+            assert history_of(base, third["id"]) == [
+                ("user", "one"), ("assistant", "one"), ("user", said), ("assistant", said),
+                ("user", "three")]
+        status, _, again = get(base, "/v1/responses/" + first["id"])
+        assert (status, again) == (200, first)
+
+
+def test_a_streamed_response_is_stored_before_its_end_is_told(tmp_path):
+    with serving(tmp_path) as base:
+        events = stream(base, "/v1/responses", {"model": "m", "input": "one"})
+        response = read_responses(events)
+        assert get(base, "/v1/responses/" + response["id"])[2] == response
+        told = respond(base, "two", previous_response_id=response["id"])[0]
+        assert told["X-CC-Conversation"] == "continued"
+
+
+@pytest.mark.parametrize("path", [
+    "/v1/responses/", "/responses/", "/v1/v1/responses/", "/chat/v1/responses/",
+    "/v1/responses/responses/"])
+def test_a_stored_response_is_found_by_every_base_url(url, path):
+    response = respond(url, "one")[1]
+    if path.count("responses") == 1:
+        assert get(url, path + response["id"])[2] == response
+    assert get(url, path + "nobody")[0] == 404
+
+
+def test_what_is_not_stored_cannot_be_read_or_continued(url):
+    for given in ({"store": False}, {}):
+        name = respond(url, "one", **given)[1]["id"] if given else "resp_" + "0" * 28
+        for path in (name, name + "/input_items"):
+            status, _, told = get(url, "/v1/responses/" + path)
+            assert (status, told["error"]["param"]) == (404, "response_id")
+        assert post(url, "/v1/responses/" + name, None, method="DELETE")[0] == 404
+        status, _, told = post(url, "/v1/responses", {
+            "model": "m", "input": "two", "previous_response_id": name})
+        assert (status, told["error"]["param"]) == (400, "previous_response_id")
+        assert name in told["error"]["message"]
+    status, _, told = post(url, "/v1/responses", {"model": "m", "input": "two",
+                                                  "previous_response_id": 5})
+    assert (status, told["error"]["param"]) == (400, "previous_response_id")
+
+
+def test_a_response_that_failed_or_was_left_is_not_stored(tmp_path):
+    with serving(tmp_path) as base:
+        events = stream(base, "/v1/responses", {"model": "m", "input": "/error 529"})
+        assert events.status == 529
+        connection, response = connect(base, "/v1/responses", {
+            "model": "m", "input": SLOW, "stream": True})
+        first = response.read1(4096).decode()
+        connection.close()
+        name = re.search(r"resp_\w+", first).group()
+        assert until(lambda: get(base, "/status")[2]["connections"] == 1)
+        assert get(base, "/v1/responses/" + name)[0] == 404
+
+
+def test_a_deleted_response_is_gone_and_what_continued_it_goes_on(tmp_path):
+    with serving(tmp_path) as base:
+        first = respond(base, "one")[1]
+        second = respond(base, "two", previous_response_id=first["id"])[1]
+        third = respond(base, "three", previous_response_id=second["id"])[1]
+        for gone_one in (second, first):
+            path = "/v1/responses/" + gone_one["id"]
+            status, _, told = post(base, path, None, method="DELETE")
+            assert (status, told["id"], told["deleted"]) == (200, gone_one["id"], True)
+            assert get(base, path)[0] == post(base, path, None, method="DELETE")[0] == 404
+            assert history_of(base, third["id"])[::2] == [
+                ("user", "one"), ("user", "two"), ("user", "three")]
+        last = respond(base, "four", previous_response_id=third["id"])[1]
+        assert len(history_of(base, last["id"])) == 7
+
+
+def test_only_its_caller_sees_a_stored_response(tmp_path):
+    mine, yours = {"Authorization": "Bearer mine"}, {"Authorization": "Bearer yours"}
+    with serving(tmp_path, api_key="mine") as base:
+        response = respond(base, "secret", mine)[1]
+    item = {"type": "item_reference", "id": response["output"][0]["id"]}
+    asked = [({"input": "x", "previous_response_id": response["id"]}, "previous_response_id"),
+             ({"input": [item, {"role": "user", "content": "x"}]}, "input[0].id")]
+    with serving(tmp_path, api_key="yours") as base:
+        for method in ("GET", "DELETE"):
+            path = "/v1/responses/" + response["id"]
+            assert post(base, path, None, yours, method)[0] == 404
+            assert post(base, path, None, None, method)[0] == 401
+        for body, param in asked:
+            status, _, told = post(base, "/v1/responses", {"model": "m", **body}, yours)
+            assert (status, told["error"]["param"]) == (400, param)
+    with serving(tmp_path, api_key="mine") as base:
+        assert post(base, path, None, mine, "GET")[2] == response
+
+
+def test_a_reference_stands_for_the_stored_item_that_it_names(tmp_path):
+    tools = [{"type": "function", "name": "look"}]
+    with serving(tmp_path) as base:
+        asked = {"role": "user", "content": '/think /call look {"a": 1}'}
+        first = respond(base, [asked], tools=tools)[1]
+        thought, call = first["output"]
+        names = [{"type": "item_reference", "id": item["id"]} for item in (thought, call)]
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "found"}
+        told, second = respond(base, [asked, *names, result], tools=tools)
+        assert (told["X-CC-Conversation"], output_text(second)) == ("continued", "found")
+        kept = get(base, f"/v1/responses/{second['id']}/input_items?order=asc")[2]["data"]
+        assert [item["type"] for item in kept] == [
+            "message", "reasoning", "function_call", "function_call_output"]
+        own = {"type": "item_reference", "id": kept[0]["id"]}
+        assert respond(base, [own], tools=tools)[1]["output"][1]["name"] == "look"
+        for name in (call["id"] + "9", "x", "", None):
+            status, _, told = post(base, "/v1/responses", {
+                "model": "m", "input": [asked, {"type": "item_reference", "id": name}]})
+            assert (status, told["error"]["param"]) == (400, "input[1].id")
+
+
+def test_the_items_of_an_input_come_in_pages_newest_first(url):
+    given = [{"role": ("user", "assistant")[n % 2], "content": str(n)} for n in range(5)]
+    path = f"/v1/responses/{respond(url, given)[1]['id']}/input_items"
+
+    def page(query):
+        status, _, told = get(url, path + query)
+        assert (status, told["object"]) == (200, "list")
+        texts = "".join(item["content"][0]["text"] for item in told["data"])
+        assert not texts or [told["first_id"], told["last_id"]] == [
+            told["data"][0]["id"], told["data"][-1]["id"]]
+        return texts, told["has_more"], told["last_id"]
+    assert page("")[:2] == ("43210", False)
+    texts, more, last = page("?limit=2&order=asc")
+    assert (texts, more) == ("01", True)
+    texts, more, last = page(f"?limit=2&order=asc&after={last}")
+    assert (texts, more) == ("23", True)
+    assert page(f"?limit=2&order=asc&after={last}") == ("4", False, page("?limit=1")[2])
+    for limit in ("0", "101", "x", "-1", "²"):
+        status, _, told = get(url, path + "?limit=" + urllib.parse.quote(limit))
+        assert (status, told["error"]["param"]) == (400, "limit")
+
+
+def test_stored_responses_are_dropped_when_they_are_too_many_the_oldest_first(tmp_path):
+    with serving(tmp_path, store_size="300k") as base:
+        first = respond(base, "first")[1]
+        kept = [respond(base, "x" * 50_000, previous_response_id=first["id"])[1]["id"]]
+        for n in range(4):
+            kept.append(respond(base, f"{n}" + "x" * 50_000)[1]["id"])
+        found = [get(base, "/v1/responses/" + name)[0] for name in [first["id"], *kept]]
+        assert found[-1] == 200 and 404 in found
+        assert found[found.index(200):] == [200] * found.count(200)
+
+
+def test_stored_responses_are_dropped_when_they_are_too_old(tmp_path):
+    def found(days):
+        async def live():
+            store = ccproxy.Store(str(tmp_path), days, 2**20)
+            before = await store.run(store.read, "resp_1", "me")
+            await store.run(store.keep, {"id": f"resp_{days}", "output": []}, "hi", "me")
+            after = await store.run(store.read, "resp_1", "me")
+            await store.close()
+            return before is not None, after is not None
+        return asyncio.run(live())
+    assert found(1) == (False, True)
+    time.sleep(0.2)
+    assert found(2) == (True, True)
+    assert found(0.1 / 86400) == (True, False)
+
+
+def test_what_is_continued_keeps_what_it_needs_from_growing_old(tmp_path):
+    async def live():
+        store = ccproxy.Store(str(tmp_path), 30, 2**20)
+        for name, before in (("a", None), ("b", "a"), ("other", None), ("c", "b")):
+            await store.run(store.keep, {"id": "resp_" + name, "output": [], "previous_response_id":
+                                         before and "resp_" + before}, name, "me")
+            await asyncio.sleep(0.01)
+        order = await store.run(lambda: [row[0] for row in store._db.execute(
+            "SELECT id FROM responses ORDER BY used, id")])
+        await store.close()
+        return order
+    assert asyncio.run(live()) == ["resp_other", "resp_a", "resp_b", "resp_c"]
+
+
+def test_the_stores_file_is_its_owners_alone_and_two_proxies_share_it(tmp_path):
+    with serving(tmp_path) as one, serving(tmp_path) as other:
+        names = together(*[lambda base=base: respond(base, "hi")[1]["id"]
+                           for base in (one, other) * 4])
+        assert {get(base, "/v1/responses/" + name)[0] for base in (one, other)
+                for name in names} == {200}
+        folder = tmp_path / "state"
+        if os.name == "posix":
+            assert folder.stat().st_mode & 0o777 == 0o700
+            assert {path.stat().st_mode & 0o777 for path in folder.glob("store.db*")} == {0o600}
+
+
+def test_a_store_that_cannot_be_used_is_an_error_where_it_is_needed_and_nowhere_else(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "store.db").write_bytes(b"no database" * 100)
+    with serving(tmp_path) as base:
+        response = respond(base, "hi")[1]
+        assert output_text(response) == "hi"
+        status, _, told = get(base, "/v1/responses/" + response["id"])
+        assert (status, told["error"]["type"]) == (500, "server_error")
+        assert "store" in told["error"]["message"]
+        assert http_post(base, "hi").status == 200
+
+
+def test_input_tokens_are_counted_in_the_words_of_responses(url):
+    status, _, told = post(url, "/v1/responses/input_tokens", {"model": "m", "input": "hi there"})
+    assert (status, told["object"]) == (200, "response.input_tokens") and told["input_tokens"] > 0
+
+
+def test_routes_of_responses_take_their_methods_alone(url):
+    name = respond(url, "one")[1]["id"]
+    for method, path, allowed in (("GET", "/v1/responses", "POST"), ("PUT", "/v1/responses", "POST"),
+                                  ("POST", "/v1/responses/" + name, "GET, DELETE"),
+                                  ("GET", "/v1/responses/input_tokens", "POST")):
+        status, headers, told = post(url, path, None, method=method)
+        assert (status, headers["Allow"]) == (405, allowed + ", HEAD, OPTIONS")
+        assert told["error"]["code"] == "method_not_allowed"
+    assert post(url, f"/v1/responses/{name}/input_items", None, method="DELETE")[0] == 404
+    assert get(url, f"/v1/responses/{name}/odd")[0] == 404
+    assert ask(url, "HEAD /v1/responses/" + name).status == 200
+
+
+@pytest.mark.parametrize("first, second", [("chat", "responses"), ("responses", "messages"),
+                                           ("messages", "responses")])
+def test_a_conversation_of_one_dialect_is_continued_from_another(tmp_path, first, second):
+    with serving(tmp_path) as base:
+        client = Client(base, first)
+        said = client.ask("one")
+        other = Client(base, second)
+        other.messages = [{"role": "user", "content": "one"}, {"role": "assistant",
+                                                               "content": said.text}]
+        told = other.ask("two")
+        assert (told.headers["X-CC-Conversation"], told.text) == ("continued", "two")
+
+
+@whole_and_streamed
+def test_an_error_before_a_response_is_a_status(url, stream):
+    answer = ask(url, "POST /v1/responses", body={"model": "m", "input": "/error 429",
+                                                  "stream": stream})
+    assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
 
 
 # -- stopping
