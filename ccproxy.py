@@ -67,7 +67,8 @@ CALLER, SERVER_FAULT = ("invalid_request_error",) * 2, ("api_error", "server_err
 ERRORS: dict[str, tuple[int, str, str]] = {     # kind -> HTTP status, Anthropic's and OpenAI's type
     "invalid_request": (400, *CALLER), "method_not_allowed": (405, *CALLER),
     "request_timeout": (408, *CALLER), "uri_too_long": (414, *CALLER),
-    "unsupported_media_type": (415, *CALLER), "headers_too_large": (431, *CALLER),
+    "unsupported_media_type": (415, *CALLER), "upgrade_required": (426, *CALLER),
+    "headers_too_large": (431, *CALLER),
     "not_implemented": (501, *CALLER), "http_version": (505, *CALLER),
     "internal_error": (500, *SERVER_FAULT), "backend_error": (502, *SERVER_FAULT),
     "unavailable": (503, *SERVER_FAULT),
@@ -465,6 +466,8 @@ PASSED_ON = ("redacted_thinking", "search_result", "server_tool_use",
              "web_search_tool_result")      # blocks of the API's own that come back in a history
 ROLES = ("user", "assistant", "system", "developer", "tool", "function")
 SAID = {"function": "arguments", "custom": "input"}     # envelope of a call -> its field of text
+TOOL_FIELDS = {"type", "name", "description", "parameters", "input_schema", "strict", "format",
+               "cache_control"}
 THOUGHTS = ("thinking", "redacted_thinking")
 SHOWN = ("text", "tool_use", *THOUGHTS)     # blocks that Responses has items for
 NAMES = {str: "a string", list: "an array", dict: "an object", bool: "true or false",
@@ -542,13 +545,15 @@ def parse_part(part: Any, where: str) -> dict:
     if kind in ("text", "input_text", "output_text", "summary_text", "refusal"):
         name = "refusal" if kind == "refusal" else "text"
         return {"type": "text", "text": need(part.get(name), f"{where}.{name}", str)}
+    given = part["file"] if isinstance(part.get("file"), dict) else part
+    if given.get("file_id"):
+        raise refusal(where + ".file_id", "uploaded files are not kept here; send the data itself")
     if kind in ("image_url", "input_image"):
         url, where = part.get("image_url"), where + ".image_url"
         return media_block(url.get("url") if isinstance(url, dict) else url, where, "image")
     if kind in ("file", "input_file"):
-        file, where = need(part.get("file", part), where + ".file", dict), where + ".file_data"
-        return media_block(file.get("file_data") or file.get("file_url"), where, "document",
-                           file.get("filename"))
+        return media_block(given.get("file_data") or given.get("file_url"), where + ".file_data",
+                           "document", given.get("filename"))
     if kind in ("image", "document"):
         source, where = need(part.get("source"), where + ".source", dict), where + ".source"
         types = ("base64", "url") + ("text", "content") * (kind == "document")
@@ -594,10 +599,15 @@ def parse_text(content: Any, where: str) -> str:
 
 
 def parse_arguments(said: Any, where: str, free: bool = False) -> dict:
-    """A call's arguments:  '{"a": 1}' or {"a": 1} -> {"a": 1},  a free tool's: {"input": text}."""
+    """A call's arguments:  '{"a": 1}' or {"a": 1} -> {"a": 1},  a free tool's: {"input": text}.
+
+    The model may have written what is no JSON object; it has to come back all the same.
+    """
     if free:
         return {"input": need(said, where, str)}
-    return need(parse_input(said.strip()) if isinstance(said, str) else said or {}, where, dict)
+    parsed = parse_input(said.strip()) if isinstance(said, str) else said or {}
+    return {"INVALID_JSON": said} if isinstance(said, str) and not isinstance(parsed, dict) else \
+        need(parsed, where, dict)
 
 
 def parse_calls(item: dict, where: str, called: dict[str, str], known: dict) -> list[dict]:
@@ -666,7 +676,8 @@ def finish_history(turns: list[tuple[str, list[dict], str]], slot: str) -> tuple
             raise refusal(where, f"tool call {odd[0]} has no result in the message after it"
                           if odd[0] in calls and odd[0] not in results else
                           f"the result for {odd[0]} answers no call before, or answers it twice")
-        blocks.sort(key=lambda b: b["type"] != "tool_result")
+        order = {call: at for at, call in enumerate(calls)}     # as a parked process answers them
+        blocks.sort(key=lambda b: order.get(b.get("tool_use_id"), len(calls)))
         calls = [b["id"] for b in blocks if b["type"] == "tool_use"]
         if len(set(calls)) < len(calls) or known & set(calls) or (calls and role == "user"):
             raise refusal(where, "tool calls need unique ids, in an assistant's message")
@@ -685,7 +696,8 @@ def parse_history(items: list, slot: str, known: dict, earlier: int = 0
     for at, item in enumerate(items, -earlier):
         where = f"{slot}[{at}]"
         if slot == "input" and need(item, where, dict).get("type", "message") != "message":
-            turns.append((*parse_item(item, where), where))
+            if item["type"] != "additional_tools":      # those are among the tools
+                turns.append((*parse_item(item, where), where))
             continue
         role = need(need(item, where, dict).get("role"), where + ".role", str, among=ROLES)
         if role in ("tool", "function"):
@@ -700,6 +712,8 @@ def parse_history(items: list, slot: str, known: dict, earlier: int = 0
             blocks = parse_parts(item.get("content"), where + ".content")
             blocks += parse_calls(item, where, called, known) if role == "assistant" else []
             turns.append((role, blocks, where))
+    if slot == "input" and turns and turns[-1][0] == "assistant":   # an answer that broke off
+        turns.append(("user", [{"type": "text", "text": "(continue)"}], turns[-1][2]))
     return "\n\n".join(filter(None, system)), finish_history(turns, slot)
 
 
@@ -712,25 +726,27 @@ def tool_name(tool: dict, where: str, space: str) -> str:
     return f"{space}__{tool['name']}" if space else tool["name"]
 
 
-def parse_free(tool: dict, where: str) -> dict:
+def parse_free(tool: dict, where: str, ignored: set[str]) -> dict:
     """A custom tool, whose input is free text, as a function tool of one string."""
     told, rule = optional(tool, "description", str, where + "."), tool.get("format") or {}
     rule = rule.get("grammar") or rule      # Chat nests it
+    ignored.update(f"{where}.{name}" for name in set(tool) - TOOL_FIELDS)
     if isinstance(rule, dict) and rule.get("definition"):
         told += "\n\nThe input has to match this {syntax} grammar:\n{definition}".format_map(
             {"syntax": "", **rule})
-    return {"name": tool["name"], "description": told.strip(), "input_schema": {
-        "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
-        "additionalProperties": False}}
+    return {"name": tool["name"], **({"description": told.strip()} if told else {}),
+            "input_schema": {"type": "object", "properties": {"input": {"type": "string"}},
+                             "required": ["input"], "additionalProperties": False}}
 
 
-def parse_tool(tool: dict, where: str) -> dict:
+def parse_tool(tool: dict, where: str, ignored: set[str]) -> dict:
     """A function tool of any dialect (flat, Anthropic's) as an Anthropic tool."""
     if tool.get("type") not in (None, "custom", "function"):    # typed: bash_*, text_editor_*
         return {k: v for k, v in tool.items() if k != "cache_control"}
     slot = "input_schema" if "input_schema" in tool else "parameters"
     schema = optional(tool, slot, dict, where + ".")
     told = optional(tool, "description", str, where + ".")
+    ignored.update(f"{where}.{name}" for name in set(tool) - TOOL_FIELDS)
     return {"name": tool["name"], **({"description": told} if told else {}), "input_schema": {
         "type": "object", **({} if "type" in schema else {"properties": {}}), **schema},
         **({"strict": True} if tool.get("strict") is True else {})}
@@ -749,7 +765,7 @@ def listed_tools(tools: list, where: str, space: str = "") -> Iterator[tuple[str
 
 def parse_tools(body: dict, ignored: set[str]) -> tuple[list[dict], dict[str, dict]]:
     """`tools` and old-style `functions`, and how their caller knows those that are no functions:
-    name -> {"free": "function" or "custom", its envelope in Chat} or {"namespace", "name"}.
+    name -> {"free": "function" or "custom", its envelope in Chat} and {"namespace", "name"}.
     What only the vendor could run is reported instead."""
     tools, known = {}, {}
     for where, tool, space in [row for slot in ("tools", "functions") for row in
@@ -764,11 +780,10 @@ def parse_tools(body: dict, ignored: set[str]) -> tuple[list[dict], dict[str, di
         if name in tools:
             raise refusal(where, f"the name {name[:64]!r} is there twice")
         free = kind == "custom" and "input_schema" not in inner
-        tools[name] = {**(parse_free if free else parse_tool)(inner, where), "name": name}
-        if free:                            # Cursor sends it flat, and reads a function's envelope
-            known[name] = {"free": slot or "function"}
-        elif space:
-            known[name] = {"namespace": space, "name": inner["name"]}
+        tools[name] = {**(parse_free if free else parse_tool)(inner, where, ignored), "name": name}
+        if free or space:                   # Cursor sends it flat, and reads a function's envelope
+            known[name] = {**({"free": slot or "function"} if free else {}),
+                           **({"namespace": space, "name": inner["name"]} if space else {})}
     return list(tools.values()), known
 
 
@@ -784,10 +799,10 @@ def parse_choice(value: Any, where: str) -> dict:
     value = next((value[s] for s in (*SAID, kind) if isinstance(value.get(s), dict)), value)
     if kind == "allowed_tools":
         mode = need(value.get("mode"), where + ".mode", str, among=CHOICES)
-        allowed = need(value.get("tools"), where + ".tools", list)
+        allowed = [need(tool, f"{where}.tools[{at}]", dict) for at, tool in enumerate(
+            need(value.get("tools"), where + ".tools", list))]
         return {"type": CHOICES[mode], "allowed": [
-            parse_choice(tool, f"{where}.tools[{at}]").get("name") for at, tool in
-            enumerate(allowed)]}
+            (tool.get("function") or tool.get("custom") or tool).get("name") for tool in allowed]}
     return {"type": "tool", "name": need(value.get("name"), where + ".name", str), **single}
 
 
@@ -816,10 +831,9 @@ def parse_thinking(value: Any, where: str) -> dict:
     return value
 
 
-def parse_effort(value: Any, where: str) -> str | None:
-    """"minimal" -> "low",  {"effort": "high"} -> "high",  "none" -> "none": without thinking."""
-    value = value.get("effort") if isinstance(value, dict) else value
-    return None if value is None else EFFORTS[need(value, where, str, among=EFFORTS)]
+def parse_effort(value: Any, where: str) -> str:
+    """"minimal" -> "low",  "high" -> "high",  "none" -> "none": without thinking."""
+    return EFFORTS[need(value, where, str, among=EFFORTS)]
 
 
 def parse_format(value: Any, where: str) -> dict | None:
@@ -842,8 +856,9 @@ FIELDS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {    # field of a bod
                     ("max_tokens", typed(int, low=1))),
     **dict.fromkeys(("stop", "stop_sequences"), ("stop_sequences", parse_stop)),
     **dict.fromkeys(("tool_choice", "function_call"), ("tool_choice", parse_choice)),
-    **dict.fromkeys(("reasoning_effort", "reasoning", "output_config.effort"),
+    **dict.fromkeys(("reasoning_effort", "reasoning.effort", "output_config.effort"),
                     ("effort", parse_effort)),
+    "reasoning.summary": ("", lambda value, where: None),   # it is always told
     **dict.fromkeys(("response_format", "output_format", "output_config.format", "text.format"),
                     ("schema", parse_format)),
     "thinking": ("thinking", parse_thinking),
@@ -852,13 +867,13 @@ FIELDS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {    # field of a bod
         need(value, where, dict), "include_usage", bool, where + ".")),
 }
 STRUCTURE = {"model", "messages", "input", "system", "instructions", "tools", "functions", "n",
-             "output_config", "text", "thread"}
+             "output_config", "text", "reasoning", "thread"}
 
 
 def parse_fields(body: dict, ignored: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """What FIELDS knows of a body as (our fields, their names there); the rest is reported."""
     fields, said = {}, {}
-    inner = {f"{slot}.{name}": value for slot in ("output_config", "text")
+    inner = {f"{slot}.{name}": value for slot in ("output_config", "text", "reasoning")
              for name, value in optional(body, slot, dict).items()}
     for name, value in {**body, **inner}.items():
         if value is None or name in STRUCTURE:
@@ -891,11 +906,13 @@ def parse_body(body: dict, earlier: list = ()) -> Turn:
     if len(model) > 256:                    # every chunk repeats it
         raise refusal("model", "longer than 256 characters")
     fields, said = parse_fields(body, ignored)
-    tools, known = parse_tools(body, ignored)
     slot = "input" if "input" in body and "messages" not in body else "messages"
     items = need(body.get(slot), slot, list, *[str] * (slot == "input"))
-    items = [{"role": "user", "content": items}] if isinstance(items, str) else items
-    system, messages = parse_history([*earlier, *items], slot, known, len(earlier))
+    items = [*earlier, *([{"role": "user", "content": items}] if isinstance(items, str) else items)]
+    more = [tool for item in items if isinstance(item, dict)
+            and item.get("type") == "additional_tools" for tool in optional(item, "tools", list)]
+    tools, known = parse_tools({**body, "tools": optional(body, "tools", list) + more}, ignored)
+    system, messages = parse_history(items, slot, known, len(earlier))
     first = [parse_text(body.get(name), name) for name in ("system", "instructions")]
     system = "\n\n".join(filter(None, (*first, system)))
     marked = [body.get("system"), body.get("tools"), *(m.get("content") for m in items)]
@@ -907,7 +924,8 @@ def parse_body(body: dict, earlier: list = ()) -> Turn:
     parallel = fields.pop("parallel", True) and not wants["functions"]  # those have but one call
     fields.update(finish_choice(fields.pop("tool_choice", None), tools, parallel))
     return Turn(model, messages, system, tuple(tools), fields, fields.pop("schema", None),
-                fields.pop("stream", False), said, tuple(sorted(ignored)),
+                fields.pop("stream", False), {**said, "strict": "tools.strict"},
+                tuple(sorted(ignored)),
                 {wish: value for wish, value in wants.items() if value})
 
 
@@ -970,9 +988,10 @@ def caller_tool(message: Message, block: dict) -> Mapping[str, str]:
 def call_text(message: Message, block: dict) -> str:
     """The arguments of a finished call as text; of a free tool, what it was given."""
     said = block["input"]
-    if "free" in caller_tool(message, block) and isinstance(said, dict):
-        said = said.get("input", said)
-        return said if isinstance(said, str) else json.dumps(said)
+    if "free" in caller_tool(message, block):
+        said = parse_input(said + '"}') if isinstance(said, str) else said      # it was cut off
+        if isinstance(said, dict) and isinstance(said.get("input"), str):
+            return said["input"]
     return message.arguments.get(block["id"]) or json.dumps(said)
 
 
@@ -1042,6 +1061,8 @@ def chat_body(message: Message) -> dict:
 
 def chat_error(error: ApiError) -> dict:
     code = None if error.kind == "invalid_request" else error.kind
+    if "prompt is too long" in error.message:       # clients compact on this code
+        code = "context_length_exceeded"
     return {"error": {"message": error.message, "type": ERRORS[error.kind][2], "param": error.param,
                       "code": code}}
 
@@ -1089,26 +1110,35 @@ def parse_responses(body: dict, earlier: list = ()) -> Turn:
     return replace(turn, ignored=ignored, wants={**turn.wants, **own, "echo": echo})
 
 
-def response_item(message: Message, at: int, done: bool = True) -> dict:
+def response_item(message: Message, at: int, status: str = "completed") -> dict:
     """A content block as an output item; {} for one that Responses has no item for."""
-    block, status = message.content[at], "completed" if done else "in_progress"
+    block, done = message.content[at], status != "in_progress"
     kind, known, name = block["type"], caller_tool(message, block), f"{message.ticket}{at:04x}"
     if kind == "text":
         part = {"type": "output_text", "text": block["text"], "annotations": [], "logprobs": []}
         return {"id": "msg_" + name, "type": "message", "status": status, "role": "assistant",
                 "content": [part]}
     if kind in THOUGHTS:                    # text and proof come back with the next request
-        part = {"type": "summary_text", "text": block.get("thinking", "")}
+        parts = [{"type": "summary_text", "text": block["thinking"]}] if kind == "thinking" else []
         proof = f"{kind}:{block.get('signature') or block.get('data') or ''}"
-        return {"id": "rs_" + name, "type": "reasoning", "status": status, "summary": [part],
+        return {"id": "rs_" + name, "type": "reasoning", "status": status, "summary": parts,
                 "encrypted_content": proof if done else None}
     if kind != "tool_use":
         return {}
-    call = {"status": status, "call_id": block["id"], "name": block["name"]}
+    called = {"status": status, "call_id": block["id"], "name": block["name"],
+              **{slot: known[slot] for slot in ("namespace", "name") if slot in known}}
     text = call_text(message, block) if done else ""
     if "free" in known:
-        return {"id": "ctc_" + name, "type": "custom_tool_call", **call, "input": text}
-    return {"id": "fc_" + name, "type": "function_call", **call, **known, "arguments": text}
+        return {"id": "ctc_" + name, "type": "custom_tool_call", **called, "input": text}
+    return {"id": "fc_" + name, "type": "function_call", **called, "arguments": text}
+
+
+def response_items(message: Message) -> list[dict]:
+    """The output: only the last item can have been cut short."""
+    last = "incomplete" if message.stop_reason in CUT_SHORT else "completed"
+    items = [response_item(message, at, last if at == len(message.content) - 1 else "completed")
+             for at in range(len(message.content))]
+    return list(filter(None, items))
 
 
 def response_object(message: Message, status: str, **more: Any) -> dict:
@@ -1118,32 +1148,31 @@ def response_object(message: Message, status: str, **more: Any) -> dict:
             **more}
 
 
-def block_events(message: Message, event: dict) -> list[dict]:
-    """What a Responses client is told about an event of the last content block."""
-    at, delta = len(message.content) - 1, event.get("delta") or {}
-    done = event["type"] == "content_block_stop"
-    item = response_item(message, at, done)
+def block_events(message: Message, at: int, step: str, delta: dict) -> list[dict]:
+    """What a Responses client is told of a content block: step "added", "delta" or "done"."""
+    status = "incomplete" if message.stop_reason in CUT_SHORT else "completed"
+    item = {} if at < 0 else response_item(
+        message, at, status if step == "done" else "in_progress")
     if not item:
         return []
     stem, part_stem, index, slot = TOLD[item["type"]]
-    where = {"output_index": sum(block["type"] in SHOWN for block in message.content) - 1}
-    inner = {"item_id": item["id"], **where, **({index: 0} if index else {})}
-    part = {**inner, "part": item[slot][0]} if index else {}
+    head = {"output_index": sum(b["type"] in SHOWN for b in message.content[:at + 1]) - 1}
+    inner = {"item_id": item["id"], **head, **({index: 0} if index else {})}
+    told = item[slot]                       # a text, or the parts that hold it
+    part = [{"type": f"{part_stem}.{step}", **inner, "part": told[0]}] if index and told else []
+    if step == "added":
+        return [{"type": "response.output_item.added", **head, "item": {**item, slot: told[:0]}},
+                *part]
     more = {"logprobs": []} if item["type"] == "message" else {}
-    if event["type"] == "content_block_start":
-        empty = {**item, slot: item[slot][:0]}
-        return [{"type": "response.output_item.added", **where, "item": empty}] + [
-            {"type": part_stem + ".added", **part}] * bool(index)
-    late = done and not index and not (slot == "arguments" and any(message.parts.get("input", [])))
-    text = item[slot] if late else delta.get(DELTAS.get(delta.get("type"), ("",))[0])
-    events = []
-    if text and delta.get("type") != "signature_delta" and (late or slot != "input"):
-        events = [{"type": stem + ".delta", **inner, "delta": text, **more}]
-    if done:
-        whole = {"text": item[slot][0]["text"]} if index else {slot: item[slot]}
-        events += [{"type": stem + ".done", **inner, **whole, **more}] + [
-            {"type": part_stem + ".done", **part}] * bool(index) + [
-            {"type": "response.output_item.done", **where, "item": item}]
+    late = step == "done" and not index and (       # a free tool's text, or "{}" without a piece
+        slot == "input" or not message.arguments.get(item["call_id"]))
+    text = told if late else delta.get(DELTAS.get(delta.get("type"), ("",))[0])
+    seen = late or delta.get("type") != "signature_delta" and slot != "input"
+    events = [{"type": stem + ".delta", **inner, "delta": text, **more}] if text and seen else []
+    if step == "done":
+        whole = {"text": told[0]["text"]} if index and told else {slot: told}
+        events += [{"type": stem + ".done", **inner, **whole, **more}] * bool(part or not index) + [
+            *part, {"type": "response.output_item.done", **head, "item": item}]
     return events
 
 
@@ -1164,7 +1193,13 @@ def response_events(message: Message, event: dict) -> list[dict]:
     if kind == "message_stop":
         response = responses_body(message)
         return [{"type": "response." + response["status"], "response": response}]
-    return block_events(message, event) if kind.startswith("content_block_") else []
+    last = len(message.content) - 1         # a block's end is told when it is known not to be cut
+    if kind == "content_block_start":
+        ended = block_events(message, last - 1, "done", {})
+        return ended + block_events(message, last, "added", {})
+    if kind == "content_block_delta":
+        return block_events(message, last, "delta", event["delta"])
+    return block_events(message, last, "done", {}) if kind == "message_delta" else []
 
 
 def responses_frames(message: Message, event: dict) -> list[bytes]:
@@ -1179,9 +1214,8 @@ def responses_body(message: Message) -> dict:
         **used["prompt_tokens_details"], "cache_write_tokens": written},
         "output_tokens": used["completion_tokens"], "total_tokens": used["total_tokens"],
         "output_tokens_details": used["completion_tokens_details"]}
-    items = [response_item(message, at) for at in range(len(message.content))]
     return response_object(
-        message, "incomplete" if reason else "completed", output=list(filter(None, items)),
+        message, "incomplete" if reason else "completed", output=response_items(message),
         incomplete_details={"reason": reason} if reason else None, usage=usage)
 
 
@@ -1283,6 +1317,7 @@ def wire_schema(schema: Any) -> Any:
 # -- what a model may refuse: learned, not listed
 
 REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error message names it
+    "strict": r"^tools\.\d+\..*(not supported|strict)",
     "thinking_blocks": r"messages\.\d.*thinking|thinking.{0,40}block|signature",
     "temperature": r"\btemperature\b", "top_p": r"\btop_p\b", "top_k": r"\btop_k\b",
     "stop_sequences": r"\bstop_sequences\b", "tool_choice": r"\btool_choice\b",
@@ -1302,6 +1337,9 @@ def features(turn: Turn) -> dict[str, str]:
         found["effort"] = "effort." + turn.fields["effort"]
     if turn.fields.get("tool_choice", {}).get("type") in ("auto", "none"):
         del found["tool_choice"]
+    if any(tool.get("strict") for tool in turn.tools):  # their schemas' fault, not the model's
+        tools = json.dumps(turn.tools, sort_keys=True).encode("ascii")
+        found["strict"] = "strict." + hashlib.sha256(tools).hexdigest()[:16]
     if any(b["type"] in THOUGHTS for m in turn.messages for b in m["content"]):
         found["thinking_blocks"] = "thinking_blocks"
     return found
@@ -1318,7 +1356,10 @@ def without(turn: Turn, name: str) -> Turn:
     if name == "thinking_blocks":
         kept = [[b for b in m["content"] if b["type"] not in THOUGHTS] for m in messages]
         messages = tuple({**m, "content": blocks} for m, blocks in zip(messages, kept) if blocks)
-    return replace(turn, fields=fields, messages=messages)
+    tools = turn.tools
+    if name == "strict":
+        tools = tuple({k: v for k, v in tool.items() if k != "strict"} for tool in tools)
+    return replace(turn, fields=fields, messages=messages, tools=tools)
 
 
 def refusal_rule(turn: Turn, message: str) -> dict | None:
@@ -1458,8 +1499,8 @@ class Reply:
 
     feed(line) -> events to send on.  Afterwards `done` tells that the message is whole, `reusable`
     that the process stands clean behind it, `failed` what to raise as nothing more will come.
-    With a schema, text is left out and the answer tool's input becomes the text; a streamed one is
-    sent as it comes, a whole one once the CLI has found it valid.
+    With a schema, text is left out but beside a client's call, and the answer tool's input becomes
+    the text; a streamed one is sent as it comes, a whole one once the CLI has found it valid.
     """
     done = reusable = False
     failed: ApiError | None = None
@@ -1467,6 +1508,7 @@ class Reply:
     retry_after = 0                         # seconds, as the CLI says what it was told
     _visible = _called = False              # something to see, a client's call
     _valid = False                          # the CLI took the answer, maybe before its end
+    _hidden = False                         # the block is text, which may have to be left out
     _blocks = _starts = 0                   # blocks sent on, messages begun
     _answer = ""                            # id of the answer tool's call
     _answer_at = -1                         # and our index of its block
@@ -1476,13 +1518,15 @@ class Reply:
         self._names = {wire_name(tool["name"]): tool["name"] for tool in turn.tools}
         self._index: dict[int, int] = {}    # the CLI's index of a block -> ours
         self._held: list[dict] = []         # the answer's events, until the CLI validated them
+        self._texts: list[dict] = []        # events of text, until a client's call follows
         self._closing: dict = {}            # message_delta with the stop reason
         self._problem: dict = {}            # the line with the CLI's word for an error
 
     def feed(self, line: dict) -> list[dict]:
         """The events of a line.  Died if it has a shape that nobody has seen yet."""
         try:
-            return [] if self.done or line.get("parent_tool_use_id") else self._feed(line) or []
+            over = self.done or self.failed or line.get("parent_tool_use_id")
+            return [] if over else self._feed(line) or []
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
             raise Died(f"claude speaks another protocol: {exc!r}") from exc
 
@@ -1494,6 +1538,8 @@ class Reply:
             return self._verdict(line["message"]["content"])
         if kind == "assistant" and (line.get("error") or line["message"]["model"] == "<synthetic>"):
             self._problem = line
+            if self._called and not self._closing:      # the CLI waits for the call's result
+                self.failed = self._failure(line)
         elif kind == "system" and word == "init":
             self.model = line.get("model") or ""
             if self._strict and ANSWER not in (line.get("tools") or []):
@@ -1514,14 +1560,14 @@ class Reply:
     def _event(self, event: dict) -> list[dict] | None:
         kind, reason = event["type"], (event.get("delta") or {}).get("stop_reason")
         if kind.startswith("content_block_"):
-            return self._block(event, event["index"])
+            return self._block(event)
         if kind == "message_start":
             self._starts += 1
             if self._blocks and not self._strict:
                 self.failed = Died("claude began its answer again after an error")
             elif self._starts > ANSWER_TRIES:
                 self.failed = ApiError("backend_error", "the model gives no JSON for the schema")
-            self._closing, self._index = {}, {}
+            self._closing, self._index, self._texts = {}, {}, []
             return [event] if self._starts == 1 else None
         if kind == "message_delta":             # without a reason the CLI broke off
             self._closing = event if reason else {}
@@ -1534,38 +1580,47 @@ class Reply:
         waits = self._strict and (self._answer or not self._called)
         if waits or not self._closing:          # the CLI validates the answer, or asks for it
             return None
-        self.reusable = not self._strict and self._visible and (
+        self.reusable = self._visible and (
             self._closing["delta"]["stop_reason"] != "tool_use" or self._called)
-        return self._finish(self._closing)
+        return [*map(self._placed, self._texts), *self._finish(self._closing)]
 
-    def _block(self, event: dict, index: int) -> list[dict] | None:
-        """An event of a content block, with our index; kept back while it may prove invalid."""
-        block, delta = event.get("content_block") or {}, event.get("delta") or {}
+    def _placed(self, event: dict) -> dict:
+        """An event of a block with our index of it."""
+        if "content_block" in event:
+            self._index[event["index"]], self._blocks = self._blocks, self._blocks + 1
+        return {**event, "index": self._index[event["index"]]}
+
+    def _block(self, event: dict) -> list[dict] | None:
+        """An event of a content block; kept back while it may have to be left out."""
+        block, spoken = event.get("content_block") or {}, []
         kind = block.get("type")
-        if kind and not (self._strict and kind == "text"):
-            self._index[index], self._blocks = self._blocks, self._blocks + 1
-            self._visible |= kind not in THOUGHTS
-            if self._strict and kind == "tool_use" and block["name"] == ANSWER:
-                self._answer, self._answer_at = block["id"], self._index[index]
-                event = {**event, "content_block": {"type": "text", "text": ""}}
-            elif kind == "tool_use":
-                self._called = True
-                name = self._names.get(block["name"], block["name"])
-                event = {**event, "content_block": {**block, "name": name}}
-        if index not in self._index:
+        self._hidden = self._strict and kind == "text" if kind else self._hidden
+        if self._hidden:
+            self._texts.append(event)
             return None
-        event = {**event, "index": self._index[index]}
-        if event["index"] == self._answer_at:
-            text = delta.get("partial_json") or ""
-            event = {**event, "delta": {"type": "text_delta", "text": text}} if delta else event
-            events = [event]
-            if event["type"] == "content_block_stop" and not any("delta" in e and e["delta"]["text"]
-                                                                 for e in self._held):
-                events.insert(0, {"type": "content_block_delta", "index": self._answer_at,
-                                  "delta": {"type": "text_delta", "text": "{}"}})
-            self._held += events
-            return events if self.turn.stream else None
-        return [event]
+        self._visible |= kind not in (None, *THOUGHTS)
+        answers = self._strict and kind == "tool_use" and block["name"] == ANSWER
+        if answers:
+            self._answer, self._answer_at = block["id"], self._blocks
+            event = {**event, "content_block": {"type": "text", "text": ""}}
+        elif kind == "tool_use":
+            self._called = True
+            name = self._names.get(block["name"], block["name"])
+            event = {**event, "content_block": {**block, "name": name}}
+            spoken, self._texts = self._texts, []
+        *spoken, event = map(self._placed, [*spoken, event])
+        if event["index"] != self._answer_at:
+            return [*spoken, event]
+        events = [event]
+        if "delta" in event:
+            text = event["delta"].get("partial_json") or ""
+            events = [{**event, "delta": {"type": "text_delta", "text": text}}]
+        if event["type"] == "content_block_stop" and not any("delta" in e and e["delta"]["text"]
+                                                             for e in self._held):
+            events.insert(0, {"type": "content_block_delta", "index": self._answer_at,
+                              "delta": {"type": "text_delta", "text": "{}"}})
+        self._held += events
+        return events if self.turn.stream else None
 
     def _finish(self, closing: dict) -> list[dict]:
         self.done = True
@@ -1626,7 +1681,8 @@ def listed_items(response: dict, items: Any) -> list[dict]:
     listed = []
     for at, item in enumerate(items):
         name = item.get("id") or f"msg_{response['id'].partition('_')[2]}i{at:03x}"
-        listed.append({**item, "id": name, "type": item.get("type") or "message"})
+        listed.append({"status": "completed", **item, "id": name,
+                       "type": item.get("type") or "message"})
         if isinstance(item.get("content"), str):
             kind = "output_text" if item.get("role") == "assistant" else "input_text"
             listed[-1]["content"] = [{"type": kind, "text": item["content"]}]
@@ -3007,6 +3063,8 @@ class App:
                 "Access-Control-Allow-Headers": wished, "Access-Control-Max-Age": "600"}
                 if origin else {})})
             return ""
+        if headers.get("upgrade", "").lower() == "websocket":      # Codex falls back at once
+            raise ApiError("upgrade_required", "no WebSocket here; use POST")
         if method not in (*served.split(", "), "HEAD"):
             call.headers["Allow"] = methods
             raise ApiError("method_not_allowed", f"{method} is not served here; use {methods}")
@@ -3105,6 +3163,8 @@ class App:
         response = await self.store.run(self.store.read, *who)
         if not response or part not in ("", "input_items") or call.request.method == "DELETE":
             raise missing
+        if query.get("stream", "false").lower() == "true":
+            raise refusal("stream", "a stored response is read whole")
         if not part:
             return await call.send(200, response)
         limit = query.get("limit", "20")
@@ -3112,7 +3172,8 @@ class App:
             raise refusal("limit", "expected 1 to 100")
         items = await self.store.run(self.store.context, *who)
         items = items[:len(items) - len(response["output"])]
-        items = items if query.get("order") == "asc" else items[::-1]
+        order = need(query.get("order", "desc"), "order", str, among=("asc", "desc"))
+        items = items if order == "asc" else items[::-1]
         names = [item["id"] for item in items]
         first = names.index(query["after"]) + 1 if query.get("after") in names else 0
         page = slice(first, first + int(limit))
