@@ -5108,6 +5108,15 @@ def test_the_python_of_readme_prints_an_answer(tmp_path, code):
     assert told.stdout.strip() == b"Hello"
 
 
+@pytest.mark.parametrize("code", [code for kind, code in EXAMPLES if kind == "toml"])
+def test_the_codex_settings_of_readme_lead_to_the_responses_route(url, code):
+    fields = dict(re.findall(r'^(\w+) = "(.*)"$', code, re.M))
+    assert f"[model_providers.{fields['model_provider']}]" in code
+    base, _, path = fields["base_url"].partition("8082")
+    assert (base, fields["wire_api"]) == ("http://127.0.0.1:", "responses")
+    assert post(url, f"{path}/responses", {"model": fields["model"], "input": "hi"})[0] == 200
+
+
 def test_readme_names_no_option_route_or_default_that_is_not_there():
     flags = set(re.findall(r"--([a-z][a-z-]+)", README)) - {
         "openai-api-base", "openai-api-key", "help"}
