@@ -1110,9 +1110,11 @@ def parse_responses(body: dict, earlier: list = ()) -> Turn:
     return replace(turn, ignored=ignored, wants={**turn.wants, **own, "echo": echo})
 
 
-def response_item(message: Message, at: int, status: str = "completed") -> dict:
+def response_item(message: Message, at: int, done: bool = True) -> dict:
     """A content block as an output item; {} for one that Responses has no item for."""
-    block, done = message.content[at], status != "in_progress"
+    block, last = message.content[at], at == len(message.content) - 1
+    cut = last and message.stop_reason in CUT_SHORT
+    status = "in_progress" if not done else "incomplete" if cut else "completed"
     kind, known, name = block["type"], caller_tool(message, block), f"{message.ticket}{at:04x}"
     if kind == "text":
         part = {"type": "output_text", "text": block["text"], "annotations": [], "logprobs": []}
@@ -1133,14 +1135,6 @@ def response_item(message: Message, at: int, status: str = "completed") -> dict:
     return {"id": "fc_" + name, "type": "function_call", **called, "arguments": text}
 
 
-def response_items(message: Message) -> list[dict]:
-    """The output: only the last item can have been cut short."""
-    last = "incomplete" if message.stop_reason in CUT_SHORT else "completed"
-    items = [response_item(message, at, last if at == len(message.content) - 1 else "completed")
-             for at in range(len(message.content))]
-    return list(filter(None, items))
-
-
 def response_object(message: Message, status: str, **more: Any) -> dict:
     return {"id": "resp_" + message.ticket, "object": "response", "created_at": message.created,
             "status": status, "error": None, "incomplete_details": None,
@@ -1150,9 +1144,7 @@ def response_object(message: Message, status: str, **more: Any) -> dict:
 
 def block_events(message: Message, at: int, step: str, delta: dict) -> list[dict]:
     """What a Responses client is told of a content block: step "added", "delta" or "done"."""
-    status = "incomplete" if message.stop_reason in CUT_SHORT else "completed"
-    item = {} if at < 0 else response_item(
-        message, at, status if step == "done" else "in_progress")
+    item = response_item(message, at, step == "done") if at >= 0 else {}
     if not item:
         return []
     stem, part_stem, index, slot = TOLD[item["type"]]
@@ -1214,8 +1206,9 @@ def responses_body(message: Message) -> dict:
         **used["prompt_tokens_details"], "cache_write_tokens": written},
         "output_tokens": used["completion_tokens"], "total_tokens": used["total_tokens"],
         "output_tokens_details": used["completion_tokens_details"]}
+    items = [response_item(message, at) for at in range(len(message.content))]
     return response_object(
-        message, "incomplete" if reason else "completed", output=response_items(message),
+        message, "incomplete" if reason else "completed", output=list(filter(None, items)),
         incomplete_details={"reason": reason} if reason else None, usage=usage)
 
 
@@ -1687,6 +1680,19 @@ def listed_items(response: dict, items: Any) -> list[dict]:
             kind = "output_text" if item.get("role") == "assistant" else "input_text"
             listed[-1]["content"] = [{"type": kind, "text": item["content"]}]
     return listed
+
+
+def page_of(items: list[dict], query: Mapping[str, str]) -> dict:
+    """A page of items, the newest first unless the query says order=asc; with limit and after."""
+    limit, order = query.get("limit", "20"), query.get("order", "desc")
+    if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
+        raise refusal("limit", "expected 1 to 100")
+    items = items[::1 if need(order, "order", str, among=("asc", "desc")) == "asc" else -1]
+    names = [item["id"] for item in items]
+    first = names.index(query["after"]) + 1 if query.get("after") in names else 0
+    page = slice(first, first + int(limit))
+    return {"object": "list", "data": items[page], "has_more": page.stop < len(items),
+            "first_id": next(iter(names[page]), None), "last_id": (names[page] or [None])[-1]}
 
 
 class Store:
@@ -3167,19 +3173,8 @@ class App:
             raise refusal("stream", "a stored response is read whole")
         if not part:
             return await call.send(200, response)
-        limit = query.get("limit", "20")
-        if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
-            raise refusal("limit", "expected 1 to 100")
         items = await self.store.run(self.store.context, *who)
-        items = items[:len(items) - len(response["output"])]
-        order = need(query.get("order", "desc"), "order", str, among=("asc", "desc"))
-        items = items if order == "asc" else items[::-1]
-        names = [item["id"] for item in items]
-        first = names.index(query["after"]) + 1 if query.get("after") in names else 0
-        page = slice(first, first + int(limit))
-        await call.send(200, {
-            "object": "list", "data": items[page], "has_more": page.stop < len(items),
-            "first_id": next(iter(names[page]), None), "last_id": (names[page] or [None])[-1]})
+        await call.send(200, page_of(items[:len(items) - len(response["output"])], query))
 
     async def _models(self, call: Call) -> None:
         """What the CLI reports, by name and full id, and what --models names: for both SDKs."""
@@ -3198,8 +3193,8 @@ class App:
             raise ApiError("not_found", f"no model is named {wanted[:100]!r}; GET /v1/models lists "
                            "them", param="model")
         await call.send(200, entries[list(named).index(wanted)] if wanted else {
-            "object": "list", "data": entries, "has_more": False, "first_id": entries[0]["id"],
-            "last_id": entries[-1]["id"]})
+            "object": "list", "data": entries, "has_more": False,
+            "first_id": next(iter(named), None), "last_id": next(reversed(named), None)})
 
     async def _about(self, call: Call) -> None:
         await call.send(200, {"name": "ccproxy", "openai_base_url": f"{self.url}/v1",

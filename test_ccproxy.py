@@ -5025,6 +5025,18 @@ def test_cancelled_turns_never_make_more_processes_than_are_allowed(tmp_path):
     assert gone(fake.pids)
 
 
+def test_a_cli_that_reports_no_models_lists_none(tmp_path):
+    fake = cli(tmp_path, """
+        def told(request_id, subtype):
+            put("control_response", response=dict(subtype="success", request_id=request_id,
+                                                  response=dict(account=ACCOUNT)))
+    """)
+    with serving(tmp_path, claude=fake.path) as base:
+        status, _, found = get(base, "/v1/models")
+        assert (status, found["data"], found["first_id"], found["last_id"]) == (200, [], None, None)
+        assert http_post(base, "hi").text == "fine"
+
+
 def test_models_are_told_at_once_by_one_process(tmp_path):
     with serving(tmp_path, max_processes=1, warm=2) as base:
         started = time.monotonic()
