@@ -1061,7 +1061,7 @@ def chat_body(message: Message) -> dict:
 
 def chat_error(error: ApiError) -> dict:
     code = None if error.kind == "invalid_request" else error.kind
-    if "prompt is too long" in error.message:       # clients compact on this code
+    if "prompt is too long" in error.message.lower():       # clients compact on this code
         code = "context_length_exceeded"
     return {"error": {"message": error.message, "type": ERRORS[error.kind][2], "param": error.param,
                       "code": code}}
@@ -1245,7 +1245,7 @@ OUTER_ENV = re.compile(r"CLAUDECODE$|CLAUDE_AGENT_|CCPROXY_|CLAUDE_CODE_(?!OAUTH
 CLI_SWITCHES = (
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
     "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK", "CLAUDE_CODE_DISABLE_FILE_MENTIONS",
-    "CLAUDE_CODE_DISABLE_ATTACHMENTS", "DISABLE_AUTOUPDATER")
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS", "DISABLE_AUTOUPDATER", "DISABLE_COMPACT")
 # Words of JSON schema that the CLI's validator (Ajv, draft 7) knows, or that narrow what is valid:
 # it must see those, and refuses a schema that it cannot check.  Others only annotate, but it
 # refuses a whole schema for one unknown word ("format": "date-time", "x-order"): left out.
@@ -1273,6 +1273,7 @@ def claude_env(environ: Mapping[str, str], retries: int, patience_s: float) -> d
     kept = {name: value for name, value in environ.items() if not OUTER_ENV.match(name)}
     patience = str(int(patience_s * 1000))
     return {**kept, **dict.fromkeys(CLI_SWITCHES, "1"), "ENABLE_TOOL_SEARCH": "false",
+            "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": str(10**8),      # tokens; the API knows its own
             "CLAUDE_CODE_MAX_RETRIES": str(retries), "MCP_TOOL_TIMEOUT": patience,
             "CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT": patience}
 

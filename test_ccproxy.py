@@ -145,6 +145,8 @@ class FakeAPI:
         self.refusals = []      # messages of the 400s that `refusal` gave
         self.broken = 0         # answers that nobody waited for
         self.delay = 0.0        # seconds before an answer
+        self.used = USAGE["input_tokens"]       # what answers say of their input
+        self.limit = 10**9      # bytes of messages above which a prompt is refused as too long
         self._lock, self._ids = threading.Lock(), itertools.count(1)
         handler = type("Handler", (FakeHandler,), {"fake": self})
         self._server = FakeServer(("127.0.0.1", 0), handler)
@@ -200,6 +202,8 @@ class FakeHandler(BaseHTTPRequestHandler):
             return self.reply(200, {"input_tokens": len(json.dumps(body.get("messages"))) // 4})
         self.fake.note("bodies", body)
         no = refusal(body)
+        if len(json.dumps(heard(body))) > self.fake.limit:
+            no = "prompt is too long: 210000 tokens > 200000 maximum"
         if no:
             self.fake.note("refusals", no)
             return self.fail(400, no)
@@ -284,7 +288,8 @@ class FakeHandler(BaseHTTPRequestHandler):
         time.sleep(self.fake.delay)
         self.frame("message_start", message={
             "id": self.fake.new_id("msg"), "type": "message", "role": "assistant", "model": model,
-            "content": [], "stop_reason": None, "stop_sequence": None, "usage": USAGE})
+            "content": [], "stop_reason": None, "stop_sequence": None,
+            "usage": {**USAGE, "input_tokens": self.fake.used}})
 
     def structured(self, body, results):
         """What the model gives for a schema: JSON:{...}, and THEN:{...} once that was refused."""
@@ -4892,8 +4897,10 @@ def test_a_websocket_is_refused_so_that_codex_falls_back_at_once(url):
 
 @pytest.mark.parametrize("dialect", ["chat", "responses"])
 def test_a_prompt_that_is_too_long_has_the_code_on_which_clients_compact(dialect):
-    error = ApiError("invalid_request", "prompt is too long: 210000 tokens > 200000 maximum")
-    assert DIALECTS[dialect].error(error)["error"]["code"] == "context_length_exceeded"
+    for words in ("prompt is too long: 210000 tokens > 200000 maximum",         # the API's words
+                  "Prompt is too long · the request is ~210000 tokens"):        # the CLI's
+        error = DIALECTS[dialect].error(ApiError("invalid_request", words))["error"]
+        assert error["code"] == "context_length_exceeded"
 
 
 @whole_and_streamed
@@ -5955,6 +5962,29 @@ def test_errors_before_and_inside_a_response_are_told_in_its_words(real):
     kinds = [kind for kind, _ in said.raw]
     assert kinds[-2:] == ["error", "response.failed"] and "response.completed" not in kinds
     assert "Overloaded" in said.raw[-1][1]["response"]["error"]["message"]
+
+
+@pytest.mark.real_cli
+def test_the_cli_never_compacts_a_conversation_nor_refuses_one_that_is_long(real, monkeypatch):
+    client = Client(real.url, "responses", tools=[tool("look")])
+    monkeypatch.setattr(real.api, "used", 199_000)
+    said = client.ask("first CALL:look ARGS:{}")
+    for at in range(3):
+        said = client.ask(*client.results((said.calls[0][0], f"{at} CALL:look ARGS:{{}}")))
+        assert (said.status, said.headers["X-CC-Conversation"]) == (200, "continued")
+        roles = [role for role, _ in heard(real.api.bodies[-1])]
+        assert roles == ["user", "assistant"] * (at + 1) + ["user"]
+    assert len(real.api.bodies) == 4
+
+
+@pytest.mark.real_cli
+def test_a_prompt_that_the_api_finds_too_long_is_told_to_the_client_and_not_cut(real, monkeypatch):
+    client = Client(real.url, "responses", tools=[tool("look")])
+    said = client.ask("first CALL:look ARGS:{}")
+    monkeypatch.setattr(real.api, "limit", 1000)
+    said = client.ask(*client.results((said.calls[0][0], "long " * 500)))
+    assert (said.status, said.raw["error"]["code"]) == (400, "context_length_exceeded")
+    assert len(heard(real.api.bodies[-1])) == 3
 
 
 @pytest.mark.real_cli
