@@ -1239,6 +1239,7 @@ ANSWER_HELP = ("Use this tool to return your final response in the requested str
 NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
 SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
 ANSWER_TRIES = 5        # messages until the model has answered to a schema; 2.1.110 has no end
+RESULT_LIMIT = 400_000  # characters; the CLI cuts a result over 500,000 that does not come as history
 PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the caller may decide
 OUTER_ENV = re.compile(r"CLAUDECODE$|CLAUDE_AGENT_|CCPROXY_|CLAUDE_CODE_(?!OAUTH_TOKEN$|USE_\w+$|"
                        r"SKIP_\w+_AUTH$|CLIENT_\w+$)")  # of an outer session, or ours
@@ -1274,6 +1275,7 @@ def claude_env(environ: Mapping[str, str], retries: int, patience_s: float) -> d
     patience = str(int(patience_s * 1000))
     return {**kept, **dict.fromkeys(CLI_SWITCHES, "1"), "ENABLE_TOOL_SEARCH": "false",
             "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": str(10**8),      # tokens; the API knows its own
+            "MAX_MCP_OUTPUT_TOKENS": str(10**8),
             "CLAUDE_CODE_MAX_RETRIES": str(retries), "MCP_TOOL_TIMEOUT": patience,
             "CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT": patience}
 
@@ -1459,8 +1461,9 @@ def mcp_answer(message: dict, tools: list[dict], result: dict | None = None) -> 
         answer = {"protocolVersion": message["params"]["protocolVersion"],
                   "capabilities": {"tools": {}}, "serverInfo": {"name": SERVER, "version": "1"}}
     elif message.get("method") == "tools/list":
-        answer = {"tools": [{"name": tool["name"], "inputSchema": {"type": "object"}}
-                            for tool in tools]}     # one odd schema would lose them all
+        answer = {"tools": [{"name": tool["name"], "inputSchema": {"type": "object"}, "_meta": {
+            "anthropic/maxResultSizeChars": 10**9}} for tool in tools]}     # one odd schema would
+    # lose them all; without the size a result over 50,000 characters is replaced by its beginning
     return {"mcp_response": {"jsonrpc": "2.0", "id": message.get("id", 0), "result": answer}}
 
 
@@ -1468,7 +1471,8 @@ def fits_mcp(block: dict) -> bool:
     """Whether MCP can carry a block of the user's unharmed: a result of texts and images."""
     return block["type"] == "tool_result" and all(
         part["type"] == "text" or (part["type"] == "image" and part["source"]["type"] == "base64")
-        for part in block["content"])
+        for part in block["content"]) and RESULT_LIMIT > sum(
+            len(part.get("text", "")) for part in block["content"])
 
 
 def status_error(status: int, message: str, retry_after: int | None = None) -> ApiError:

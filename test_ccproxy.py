@@ -5978,6 +5978,25 @@ def test_the_cli_never_compacts_a_conversation_nor_refuses_one_that_is_long(real
 
 
 @pytest.mark.real_cli
+def test_nothing_that_is_long_is_cut_or_cleared_from_a_conversation(real, monkeypatch):
+    """The CLI cuts its own tools' results, and clears old ones: a client's are the client's."""
+    monkeypatch.setattr(real.api, "used", 150_000)
+    client = Client(real.url, "messages", tools=[tool("look")], system="s" * 300_000)
+    said = client.ask("u" * 300_000 + " CALL:look ARGS:{}")
+    sizes = [60_000] * 9 + [450_000, 700_000]       # from a size on a result has to come as history
+    for at, size in enumerate(sizes):
+        parts = [real_text("r" * size + f" {at} CALL:look ARGS:{{}}")] + [IMAGE_REAL] * (at == 3)
+        said = client.ask(*client.results((said.calls[0][0], parts)))
+        assert said.headers["X-CC-Conversation"] == ("continued" if size < 400_000 else "rebuilt")
+        asked = [blocks for role, blocks in heard(real.api.bodies[-1]) if role == "user"]
+        assert len(asked) == at + 2 and len(asked[0][0]["text"]) > 300_000
+        for earlier, [block] in enumerate(asked[1:]):
+            assert len(block["content"][0]["text"]) > sizes[earlier], earlier
+        assert at < 3 or asked[4][0]["content"][1] == IMAGE_REAL
+    assert len(real.api.bodies) == len(sizes) + 1 and not real.api.refusals
+
+
+@pytest.mark.real_cli
 def test_a_prompt_that_the_api_finds_too_long_is_told_to_the_client_and_not_cut(real, monkeypatch):
     client = Client(real.url, "responses", tools=[tool("look")])
     said = client.ask("first CALL:look ARGS:{}")
