@@ -695,7 +695,8 @@ def parse_history(items: list, slot: str, known: dict, earlier: int = 0
     system, turns, called = [], [], {}      # called: function name -> id of its last old-style call
     for at, item in enumerate(items, -earlier):
         where = f"{slot}[{at}]"
-        if slot == "input" and need(item, where, dict).get("type", "message") != "message":
+        if (slot == "input" or at < 0) and need(item, where, dict).get("type") not in (
+                None, "message"):
             if item["type"] != "additional_tools":      # those are among the tools
                 turns.append((*parse_item(item, where), where))
             continue
@@ -728,7 +729,8 @@ def tool_name(tool: dict, where: str, space: str) -> str:
 
 def parse_free(tool: dict, where: str, ignored: set[str]) -> dict:
     """A custom tool, whose input is free text, as a function tool of one string."""
-    told, rule = optional(tool, "description", str, where + "."), tool.get("format") or {}
+    told = optional(tool, "description", str, where + ".")
+    rule = optional(tool, "format", dict, where + ".")
     rule = rule.get("grammar") or rule      # Chat nests it
     ignored.update(f"{where}.{name}" for name in set(tool) - TOOL_FIELDS)
     if isinstance(rule, dict) and rule.get("definition"):
@@ -802,7 +804,8 @@ def parse_choice(value: Any, where: str) -> dict:
         allowed = [need(tool, f"{where}.tools[{at}]", dict) for at, tool in enumerate(
             need(value.get("tools"), where + ".tools", list))]
         return {"type": CHOICES[mode], "allowed": [
-            (tool.get("function") or tool.get("custom") or tool).get("name") for tool in allowed]}
+            next((tool[s] for s in SAID if isinstance(tool.get(s), dict)), tool).get("name")
+            for tool in allowed]}
     return {"type": "tool", "name": need(value.get("name"), where + ".name", str), **single}
 
 
@@ -1239,7 +1242,7 @@ ANSWER_HELP = ("Use this tool to return your final response in the requested str
 NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
 SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
 ANSWER_TRIES = 5        # messages until the model has answered to a schema; 2.1.110 has no end
-RESULT_LIMIT = 400_000  # characters; the CLI cuts a result over 500,000 that does not come as history
+RESULT_LIMIT = 400_000  # characters; the CLI cuts a result over 500,000 that is no history
 PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the caller may decide
 OUTER_ENV = re.compile(r"CLAUDECODE$|CLAUDE_AGENT_|CCPROXY_|CLAUDE_CODE_(?!OAUTH_TOKEN$|USE_\w+$|"
                        r"SKIP_\w+_AUTH$|CLIENT_\w+$)")  # of an outer session, or ours
@@ -1506,7 +1509,7 @@ class Reply:
     retry_after = 0                         # seconds, as the CLI says what it was told
     _visible = _called = False              # something to see, a client's call
     _valid = False                          # the CLI took the answer, maybe before its end
-    _hidden = False                         # the block is text, which may have to be left out
+    _aside: list | None = None              # where a block goes that is not told, at least not yet
     _blocks = _starts = 0                   # blocks sent on, messages begun
     _answer = ""                            # id of the answer tool's call
     _answer_at = -1                         # and our index of its block
@@ -1561,7 +1564,7 @@ class Reply:
             return self._block(event)
         if kind == "message_start":
             self._starts += 1
-            if self._blocks and not self._strict:
+            if self._blocks and not (self._strict and self._closing):
                 self.failed = Died("claude began its answer again after an error")
             elif self._starts > ANSWER_TRIES:
                 self.failed = ApiError("backend_error", "the model gives no JSON for the schema")
@@ -1592,12 +1595,14 @@ class Reply:
         """An event of a content block; kept back while it may have to be left out."""
         block, spoken = event.get("content_block") or {}, []
         kind = block.get("type")
-        self._hidden = self._strict and kind == "text" if kind else self._hidden
-        if self._hidden:
-            self._texts.append(event)
+        answers = self._strict and kind == "tool_use" and block["name"] == ANSWER
+        if kind:                            # a second answer is one too many
+            self._aside = self._texts if self._strict and kind == "text" else \
+                [] if answers and self._answer else None
+        if self._aside is not None:
+            self._aside.append(event)
             return None
         self._visible |= kind not in (None, *THOUGHTS)
-        answers = self._strict and kind == "tool_use" and block["name"] == ANSWER
         if answers:
             self._answer, self._answer_at = block["id"], self._blocks
             event = {**event, "content_block": {"type": "text", "text": ""}}
@@ -1626,7 +1631,8 @@ class Reply:
         return [*held, closing, {"type": "message_stop"}]
 
     def _finish_answer(self) -> list[dict]:
-        return self._finish({**self._closing, "delta": {"stop_reason": "end_turn",
+        reason = "tool_use" if self._called else "end_turn"
+        return self._finish({**self._closing, "delta": {"stop_reason": reason,
                                                         "stop_sequence": None}})
 
     def _verdict(self, content: list[dict]) -> list[dict] | None:
@@ -1664,10 +1670,11 @@ class Reply:
 # To change a table: one more entry in MIGRATIONS.
 
 MIGRATIONS = (
+    # items: what the request added, and the output; response: "" once it was deleted
     "CREATE TABLE responses (id TEXT PRIMARY KEY, caller TEXT NOT NULL, previous TEXT, "
-    "used REAL NOT NULL, items TEXT NOT NULL, response TEXT NOT NULL)",
+    "used REAL NOT NULL, size INTEGER NOT NULL, items TEXT NOT NULL, response TEXT NOT NULL)",
     "CREATE INDEX responses_previous ON responses (previous)",
-    "CREATE INDEX responses_used ON responses (used)")
+    "CREATE INDEX responses_used ON responses (used, size)")
 CHAIN = """WITH RECURSIVE chain(id, previous, depth) AS (
     SELECT id, previous, 0 FROM responses WHERE id = ? AND caller = ? UNION ALL
     SELECT r.id, r.previous, depth + 1 FROM responses r JOIN chain ON r.id = chain.previous) """
@@ -1676,10 +1683,9 @@ CHAIN = """WITH RECURSIVE chain(id, previous, depth) AS (
 def listed_items(response: dict, items: Any) -> list[dict]:
     """A request's input as a list of items, each with an id that names its response."""
     items = [{"role": "user", "content": items}] if isinstance(items, str) else items
-    listed = []
+    ticket, listed = response["id"].partition("_")[2], []
     for at, item in enumerate(items):
-        name = item.get("id") or f"msg_{response['id'].partition('_')[2]}i{at:03x}"
-        listed.append({"status": "completed", **item, "id": name,
+        listed.append({"status": "completed", **item, "id": f"item_{ticket}i{at:03x}",
                        "type": item.get("type") or "message"})
         if isinstance(item.get("content"), str):
             kind = "output_text" if item.get("role") == "assistant" else "input_text"
@@ -1694,7 +1700,9 @@ def page_of(items: list[dict], query: Mapping[str, str]) -> dict:
         raise refusal("limit", "expected 1 to 100")
     items = items[::1 if need(order, "order", str, among=("asc", "desc")) == "asc" else -1]
     names = [item["id"] for item in items]
-    first = names.index(query["after"]) + 1 if query.get("after") in names else 0
+    if query.get("after", "") not in ("", *names):
+        raise refusal("after", "no such item")
+    first = names.index(query["after"]) + 1 if query.get("after") else 0
     page = slice(first, first + int(limit))
     return {"object": "list", "data": items[page], "has_more": page.stop < len(items),
             "first_id": next(iter(names[page]), None), "last_id": (names[page] or [None])[-1]}
@@ -1702,10 +1710,10 @@ def page_of(items: list[dict], query: Mapping[str, str]) -> dict:
 
 class Store:
     """Responses by id, for their caller alone.  A row holds what its request added; the rest of the
-    conversation is in the rows before it.  Each method is a job of the store's thread."""
+    conversation is in the rows before it.  Each method without `async` is a job for `run`."""
 
-    def __init__(self, folder: str, days: float, size: int) -> None:
-        self._folder, self._days, self._size = folder, days, size
+    def __init__(self, folder: str, days: float, size: int, limit: int) -> None:
+        self._folder, self._days, self._size, self._limit = folder, days, size, limit
         self._thread, self._db = ThreadPoolExecutor(1, "store"), None
 
     async def run(self, job: Callable, *args: Any) -> Any:
@@ -1718,7 +1726,7 @@ class Store:
             self._db = self._db or self._open(sqlite3)
             with self._db:
                 return job(*args)
-        except (sqlite3.Error, OSError) as exc:
+        except (sqlite3.Error, OSError, ValueError) as exc:
             raise ApiError("internal_error", f"the store of responses fails: {exc}") from None
 
     def _open(self, sqlite3: Any) -> Any:
@@ -1726,27 +1734,46 @@ class Store:
         path = os.path.join(self._folder, "store.db")
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         db = sqlite3.connect(path, timeout=5)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.execute("BEGIN IMMEDIATE")       # another proxy may be here for the first time, too
-        done = db.execute("PRAGMA user_version").fetchone()[0]
-        for statement in MIGRATIONS[done:]:
-            db.execute(statement)
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        db.commit()
-        return db
+        try:
+            for setting in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON",
+                            "journal_size_limit = 16777216"):
+                db.execute("PRAGMA " + setting)
+            db.execute("BEGIN IMMEDIATE")   # another proxy may be here for the first time, too
+            done = db.execute("PRAGMA user_version").fetchone()[0]
+            if done > len(MIGRATIONS):
+                raise ValueError(f"{path} was made by a newer ccproxy")
+            for statement in MIGRATIONS[done:]:
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            db.commit()
+            return db
+        except BaseException:
+            db.close()
+            raise
 
     def read(self, name: str, caller: str, column: str = "response") -> Any:
         """A response, or with "items" what its request added and its output; None if not stored."""
-        row = self._db.execute(f"SELECT {column} FROM responses WHERE id = ? AND caller = ?",
-                               (name, caller)).fetchone()
+        row = self._db.execute(f"SELECT {column} FROM responses WHERE id = ? AND caller = ? "
+                               "AND response != ''", (name, caller)).fetchone()
         return json.loads(row[0]) if row else None
 
     def context(self, name: str, caller: str) -> list[dict]:
-        """All items of a conversation up to the end of a response; [] if that is not stored."""
+        """All items of a conversation up to the end of a response; [] if not all are stored."""
+        whole, size = self._measure(name, caller)
+        if not whole:
+            return []
+        if size > self._limit:
+            raise ApiError("request_too_large", f"the stored conversation: larger than "
+                           f"{self._limit} bytes")
         rows = self._db.execute(CHAIN + "SELECT items FROM chain JOIN responses USING (id) "
                                 "ORDER BY depth DESC", (name, caller))
         return [item for row in rows for item in json.loads(row[0])]
+
+    def _measure(self, name: str, caller: str) -> tuple[int, int]:
+        """Whether a conversation is there from its beginning to a response, and its bytes."""
+        return self._db.execute(
+            CHAIN + "SELECT SUM(chain.previous IS NULL) - SUM(depth = 0 AND response = ''), "
+            "SUM(size) FROM chain JOIN responses USING (id)", (name, caller)).fetchone()
 
     async def recall(self, body: dict, caller: str) -> list[dict]:
         """The items before those of a request; its references are replaced by what they name."""
@@ -1759,51 +1786,59 @@ class Store:
         return await self.run(self._recall, name, items, places, caller)
 
     def _recall(self, name: Any, items: list, places: list[int], caller: str) -> list[dict]:
-        found: dict[str, dict] = {}
+        found, left = {}, self._limit
         for at in places:
-            wanted = str(items[at].get("id"))
+            wanted = str(items[at].get("id")).encode("ascii", "replace").decode()
             if wanted not in found:         # an item's id names its response
                 owner = "resp_" + wanted.partition("_")[2][:TICKET]
                 told = self.read(owner, caller, "items") or []
-                found.update((each["id"], each) for each in told)
+                found.update((each["id"], (each, len(json.dumps(each)))) for each in told)
             if wanted not in found:
                 raise refusal(f"input[{at}].id", f"no item {wanted[:100]!r} is stored")
-            items[at] = found[wanted]
+            items[at], size = found[wanted]
+            left -= size
+            if left < 0:
+                raise ApiError("request_too_large", "input: what it refers to is larger than "
+                               f"{self._limit} bytes", f"input[{at}].id")
         if name is None:
             return []
-        earlier = self.context(need(name, "previous_response_id", str), caller)
+        name = need(name, "previous_response_id", str).encode("ascii", "replace").decode()
+        earlier = self.context(name, caller)
         if not earlier:
             raise refusal("previous_response_id", f"no response {name[:100]!r} is stored")
         return earlier
 
     def keep(self, response: dict, items: Any, caller: str) -> None:
-        """Store a response; what was unused for too long goes, and the oldest if all is too big."""
-        now, db, name = time.time(), self._db, response["id"]
+        """Store a response; what was unused for too long goes, and the conversations that were
+        unused for the longest time if all is too big.  ApiError if this one is."""
+        now, db, name, before = time.time(), self._db, response["id"], response.get(
+            "previous_response_id")
+        texts = json.dumps(listed_items(response, items) + response["output"]), json.dumps(response)
+        size = sum(map(len, texts))
+        if size + (self._measure(before or "", caller)[1] or 0) > self._size:
+            raise ApiError("request_too_large", "a conversation larger than --store-size is not "
+                           "stored")
         db.execute("DELETE FROM responses WHERE used < ?", (now - self._days * 86400,))
-        db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", (
-            name, caller, response.get("previous_response_id"), now,
-            json.dumps(listed_items(response, items) + response["output"]), json.dumps(response)))
+        db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)",
+                   (name, caller, before, now, size, *texts))
         db.execute(CHAIN + "UPDATE responses SET used = ? WHERE id IN (SELECT id FROM chain)",
                    (name, caller, now))
-        oldest = "DELETE FROM responses WHERE id = (SELECT id FROM responses ORDER BY used LIMIT 1)"
-        while self._bytes() > self._size and db.execute(oldest).rowcount:
-            pass
-
-    def _bytes(self) -> int:
-        pages, free, size = (self._db.execute("PRAGMA " + name).fetchone()[0] for name in (
-            "page_count", "freelist_count", "page_size"))
-        return (pages - free) * size
+        oldest = "DELETE FROM responses WHERE used = (SELECT MIN(used) FROM responses)"
+        while db.execute("SELECT SUM(size) FROM responses").fetchone()[0] > self._size:
+            db.execute(oldest)
 
     def delete(self, name: str, caller: str) -> bool:
-        """Whether there was one; what continues it takes over what it held."""
-        db, held = self._db, self.read(name, caller, "items")
-        for heir, own in db.execute("SELECT id, items FROM responses WHERE previous = ?",
-                                    (name,)).fetchall() if held else ():
-            db.execute("UPDATE responses SET items = ?, previous = (SELECT previous FROM responses "
-                       "WHERE id = ?) WHERE id = ?",
-                       (json.dumps(held + json.loads(own)), name, heir))
-        db.execute("DELETE FROM responses WHERE id = ? AND caller = ?", (name, caller))
-        return bool(held)
+        """Whether there was one; what it held stays for as long as a response continues it."""
+        db = self._db
+        found = db.execute("UPDATE responses SET response = '' WHERE id = ? AND caller = ? "
+                           "AND response != ''", (name, caller)).rowcount
+        while name:
+            row = db.execute("SELECT previous FROM responses WHERE id = ? AND response = '' AND "
+                             "NOT EXISTS (SELECT 1 FROM responses WHERE previous = ?)",
+                             (name, name)).fetchone()
+            db.execute("DELETE FROM responses WHERE id = ?", (name if row else "",))
+            name = row[0] if row else None
+        return bool(found)
 
     async def close(self) -> None:
         if self._db:
@@ -2115,7 +2150,7 @@ async def find_claude(wanted: str) -> tuple[list[str], str]:
     ApiError unavailable, with the command to run, if it is missing, too old or does not start.
     """
     if wanted == "echo":
-        return [sys.executable, os.path.abspath(__file__), "stand-in"], "stand-in"
+        return [sys.executable, "-IS", os.path.abspath(__file__), "stand-in"], "stand-in"
     name = os.path.expanduser(wanted) or ("claude" if POSIX else "claude.exe")
     paths = [None] if wanted else [None, os.pathsep.join(map(os.path.expanduser, CLAUDE_PLACES))]
     found = next(filter(None, [shutil.which(name, path=path) for path in paths]), "")
@@ -2912,6 +2947,7 @@ class Call:
     failure: str = ""
     first_at: float = 0.0                   # time of the first delta
     written_at: float = 0.0                 # time of the last frame, at first of the request
+    ended: bool = False                     # the stream has been told its end
 
     def told(self) -> dict[str, str]:
         """The headers of the answer, with how the turn was served."""
@@ -2937,7 +2973,7 @@ class Call:
             self.write(frames)
             await self.connection.drain()
         if self.message.done and self.turn.stream:
-            self.connection.heartbeat = None
+            self.connection.heartbeat, self.ended = None, True
             self.connection.end()
         elif self.message.done:
             await self.send(200, self.dialect.body(self.message))
@@ -2974,7 +3010,7 @@ class Call:
             if error.status == 401:
                 self.headers["WWW-Authenticate"] = "Bearer"
             await self.send(error.status, {**envelope, "request_id": self.name})
-        elif self.turn and not self.message.done:
+        elif self.turn and self.turn.stream and not self.ended:
             self.write(self.frames({**envelope, "type": "error"}))
             self.connection.end()
 
@@ -2997,7 +3033,8 @@ class App:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.port, self._started = settings, 0, int(time.time())
         self.conversations = Conversations(settings)
-        self.store = Store(state_dir(settings), settings.store_days, settings.store_size)
+        self.store = Store(state_dir(settings), settings.store_days, settings.store_size,
+                           settings.max_body)
         self.server = Server(settings, self.handle, self.refuse)
         if not is_loopback(settings.host) and not settings.api_key:
             raise ConfigError(f"refusing to listen on {settings.host} without a key: anybody there "

@@ -2637,6 +2637,34 @@ def test_text_before_an_answer_to_a_schema_stays_out_also_behind_a_clients_call(
         "Hm.", "get_weather"] and not reply.done
 
 
+def verdict(ident):
+    return {"type": "user", "message": {"role": "user", "content": [result("valid", ident)]}}
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_second_answer_beside_the_first_is_one_too_many(streamed):
+    lines = stream_lines(start(), *call(0, "t1", ANSWER, '{"answer": "a"}'),
+                         *call(1, "t2", ANSWER, '{"answer": "b"}'), *end("tool_use"))
+    reply, events, _ = structured(*lines, verdict("t1"), verdict("t2"), stream=streamed)
+    assert reply.done and json.loads(well_formed(events).said("text")) == {"answer": "a"}
+
+
+def test_an_answer_beside_a_clients_call_ends_for_the_call():
+    lines = [init(ANSWER, "get_weather"), *stream_lines(
+        start(), *call(0, "t1", "get_weather", "{}"), *call(1, "t2", ANSWER, '{"answer": "a"}'),
+        *end("tool_use")), verdict("t2")]
+    reply, events, _ = replay(lines, turn(schema=SCHEMA))
+    assert reply.done and well_formed(events).stop_reason == "tool_use"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_answer_that_begins_again_after_an_error_is_no_answer(streamed):
+    reply, _, _ = structured(*stream_lines(
+        start(), *call(0, "t1", ANSWER, '{"ans')[:2], start(), *call(0, "t2", ANSWER, "{}"),
+        *end("tool_use")), verdict("t2"), stream=streamed)
+    assert reply.failed and not reply.done
+
+
 def test_a_schema_that_the_cli_cannot_use_is_refused():
     assert replay([init()], turn(schema=SCHEMA))[0].failed.status == 400
 
@@ -3201,7 +3229,7 @@ def noted_stand_in(folder):
     """The built-in stand-in, its processes noted."""
     return cli(folder, f"""
         def on_start():
-            os.execv(sys.executable, [sys.executable, {ccproxy.__file__!r}, "stand-in"])
+            os.execv(sys.executable, [sys.executable, "-IS", {ccproxy.__file__!r}, "stand-in"])
     """)
 
 
@@ -3543,7 +3571,7 @@ def test_a_reader_that_stops_reading_costs_little_memory_and_then_gets_everythin
         http_post(proxy.url, "hi")
         before = rss_mb(proxy.process.pid)
         sock = http_connect(proxy.url, request("POST /v1/chat/completions", body=question(
-            "/long 60000", stream=True)), rcvbuf=2**16)
+            "/long 30000", stream=True)), rcvbuf=2**16)
         most = 0.0
         for _ in range(12):
             time.sleep(0.1)
@@ -3552,7 +3580,7 @@ def test_a_reader_that_stops_reading_costs_little_memory_and_then_gets_everythin
         assert most - before < 25
         (answer,) = answers(read_all(sock))
     texts = re.findall(rb'"content":" ?(word\d+)"', answer.body)
-    assert texts == [b"word%d" % n for n in range(60_000)]
+    assert texts == [b"word%d" % n for n in range(30_000)]
     assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
@@ -4265,14 +4293,15 @@ IN_THE_STREAM = {
 }
 
 
-@pytest.mark.parametrize("dialect, code, word", [
-    (dialect, *row) for name, row in IN_THE_STREAM.items() for dialect in PATHS_HTTP
-    if dialect == "messages" or name == "dies"])
-def test_a_cli_that_fails_in_mid_stream_gives_the_dialects_own_error_and_end(tmp_path, code, word,
-                                                                             dialect):
-    code = f"def turn():\n    start('one', 'two')\n    time.sleep(0.2)\n    {code}"
-    (status, message), fake = ask_badly(tmp_path, code, dialect, True, stall_timeout=0.6)
-    assert status == 200 and word in message and len(fake.pids) == 1
+def test_a_cli_that_fails_in_mid_stream_gives_the_dialects_own_error_and_end(tmp_path):
+    rows = [(name, dialect) for name in IN_THE_STREAM for dialect in PATHS_HTTP
+            if dialect == "messages" or name == "dies"]
+    opening = "def turn():\n    start('one', 'two')\n    time.sleep(0.2)\n    "
+    found = together(*[lambda name=name, dialect=dialect: ask_badly(
+        tmp_path / name / dialect, opening + IN_THE_STREAM[name][0], dialect, True,
+        stall_timeout=0.6) for name, dialect in rows])
+    for (name, _), ((status, message), fake) in zip(rows, found):
+        assert status == 200 and IN_THE_STREAM[name][1] in message and len(fake.pids) == 1
 
 
 def test_a_cli_that_dies_in_mid_answer_gives_502_to_who_wants_it_whole(tmp_path):
@@ -4281,11 +4310,11 @@ def test_a_cli_that_dies_in_mid_answer_gives_502_to_who_wants_it_whole(tmp_path)
     assert (status, len(fake.pids)) == (502, 1) and "boom" in message
 
 
-@both_dialects
-def test_a_silent_cli_gives_504_after_stall_timeout(tmp_path, dialect):
-    (status, message), _ = ask_badly(tmp_path, "def turn():\n    time.sleep(60)", dialect,
-                                     stall_timeout=0.6)
-    assert status == 504 and "silent" in message
+def test_a_silent_cli_gives_504_after_stall_timeout(tmp_path):
+    for (status, message), _ in together(*[lambda dialect=dialect: ask_badly(
+            tmp_path / dialect, "def turn():\n    time.sleep(60)", dialect, stall_timeout=0.6)
+            for dialect in PATHS_HTTP]):
+        assert status == 504 and "silent" in message
 
 
 def test_a_turn_longer_than_request_timeout_gives_504(tmp_path):
@@ -4473,17 +4502,17 @@ def busy(base, number):
     return until(lambda: count() == number)
 
 
-@both_dialects
-def test_when_all_processes_are_busy_429_comes_after_queue_timeout(tmp_path, dialect):
+def test_when_all_processes_are_busy_429_comes_after_queue_timeout(tmp_path):
     with serving(tmp_path, max_processes=2, queue_timeout=0.3) as base:
         socks = [http_connect(base, request("POST /v1/messages", body=question(SLOW)))
                  for _ in range(2)]
         assert busy(base, 2)
-        answer = http_post(base, "hi", dialect, stream=True)
-        assert answer.status == 429 and int(answer.headers["retry-after"]) > 0
-        assert answer.error["type"] == "rate_limit_error"
+        for answer in together(*[lambda dialect=dialect: http_post(base, "hi", dialect, stream=True)
+                                 for dialect in PATHS_HTTP]):
+            assert answer.status == 429 and int(answer.headers["retry-after"]) > 0
+            assert answer.error["type"] == "rate_limit_error"
         assert [answers(read_all(sock))[0].status for sock in socks] == [200, 200]
-        assert http_post(base, "hi", dialect).status == 200
+        assert http_post(base, "hi").status == 200
 
 
 def test_a_request_waits_in_line_for_a_process(tmp_path):
@@ -4582,11 +4611,15 @@ def test_spares_wait_and_serve_the_first_request(tmp_path):
 QUIET = "def turn():\n    time.sleep(0.7)\n    start('fine')\n    time.sleep(0.5)\n    end()"
 
 
-@both_dialects
-def test_a_silent_stream_gets_heartbeats_that_the_dialects_clients_read_over(tmp_path, dialect):
+def test_a_silent_stream_gets_heartbeats_that_the_dialects_clients_read_over(tmp_path):
     with serving(tmp_path, claude=cli(tmp_path, QUIET).path, heartbeat=0.2) as base:
-        answer = http_post(base, "hi", dialect, stream=True)
-    found = frames(answer.body)                     # which refuses comments and id: lines
+        told = together(*[lambda dialect=dialect: http_post(base, "hi", dialect, stream=True)
+                          for dialect in PATHS_HTTP])
+    for dialect, answer in zip(PATHS_HTTP, told):   # frames refuses comments and id: lines
+        check_heartbeats(dialect, frames(answer.body))
+
+
+def check_heartbeats(dialect, found):
     if dialect == "messages":
         kinds = [kind for kind, _ in found]
         assert kinds.index("message_start") >= 2 and set(kinds[:kinds.index("message_start")]) == {
@@ -4618,13 +4651,13 @@ def test_a_whole_answer_gets_no_heartbeat_and_a_lively_stream_none(tmp_path):
         assert b"event: ping" not in answer.body and b"message_stop" in answer.body
 
 
-@both_dialects
-def test_a_failure_after_heartbeats_ends_the_stream_in_the_dialects_own_way(tmp_path, dialect):
+def test_a_failure_after_heartbeats_ends_the_stream_in_the_dialects_own_way(tmp_path):
     code = ("def turn():\n    time.sleep(0.5)\n    put('assistant', error='rate_limit', message="
             "dict(model='<synthetic>', content=[dict(type='text', text='API Error: 429 slow')]))\n"
             "    put('result', is_error=True, subtype='success', api_error_status=429)")
-    (status, message), _ = ask_badly(tmp_path, code, dialect, True, heartbeat=0.2)
-    assert status == 200 and message == "slow"
+    for (status, message), _ in together(*[lambda dialect=dialect: ask_badly(
+            tmp_path / dialect, code, dialect, True, heartbeat=0.2) for dialect in PATHS_HTTP]):
+        assert status == 200 and message == "slow"
 
 
 # == (f) stored responses ==========================================================================
@@ -4789,7 +4822,7 @@ def test_the_items_of_an_input_come_in_pages_newest_first(url):
     assert (texts, more) == ("23", True)
     assert page(f"?limit=2&order=asc&after={last}") == ("4", False, page("?limit=1")[2])
     for name, value in (("limit", "0"), ("limit", "101"), ("limit", "x"), ("limit", "²"),
-                        ("order", "odd"), ("stream", "true")):
+                        ("order", "odd"), ("stream", "true"), ("after", "nobody")):
         status, _, told = get(url, f"{path}?{name}={urllib.parse.quote(value)}")
         assert (status, told["error"]["param"]) == (400, name)
 
@@ -4808,7 +4841,7 @@ def test_stored_responses_are_dropped_when_they_are_too_many_the_oldest_first(tm
 def test_stored_responses_are_dropped_when_they_are_too_old(tmp_path):
     def found(days):
         async def live():
-            store = ccproxy.Store(str(tmp_path), days, 2**20)
+            store = ccproxy.Store(str(tmp_path), days, 2**20, 2**20)
             before = await store.run(store.read, "resp_1", "me")
             await store.run(store.keep, {"id": f"resp_{days}", "output": []}, "hi", "me")
             after = await store.run(store.read, "resp_1", "me")
@@ -4823,7 +4856,7 @@ def test_stored_responses_are_dropped_when_they_are_too_old(tmp_path):
 
 def test_what_is_continued_keeps_what_it_needs_from_growing_old(tmp_path):
     async def live():
-        store = ccproxy.Store(str(tmp_path), 30, 2**20)
+        store = ccproxy.Store(str(tmp_path), 30, 2**20, 2**20)
         for name, before in (("a", None), ("b", "a"), ("other", None), ("c", "b")):
             await store.run(store.keep, {"id": "resp_" + name, "output": [], "previous_response_id":
                                          before and "resp_" + before}, name, "me")
@@ -4833,6 +4866,124 @@ def test_what_is_continued_keeps_what_it_needs_from_growing_old(tmp_path):
         await store.close()
         return order
     assert asyncio.run(live()) == ["resp_other", "resp_a", "resp_b", "resp_c"]
+
+
+def stored(folder, *jobs, size=2**20, limit=2**20):
+    """What jobs give, each called with a store on the folder, within its thread."""
+    async def live():
+        store = ccproxy.Store(str(folder), 30, size, limit)
+        try:
+            return [await store.run(job, store) for job in jobs]
+        finally:
+            await store.close()
+    return asyncio.run(live())
+
+
+def kept(name, before=None, text="hi"):
+    return lambda store: store.keep({"id": name, "output": [], "previous_response_id": before},
+                                    text, "me")
+
+
+def test_a_conversation_that_lost_its_beginning_is_not_continued_without_it(tmp_path):
+    *_, whole, _, cut, last = stored(
+        tmp_path, kept("resp_1"), kept("resp_2", "resp_1"), kept("resp_3", "resp_2"),
+        lambda store: len(store.context("resp_3", "me")),
+        lambda store: store._db.execute("DELETE FROM responses WHERE id = 'resp_1'") and None,
+        lambda store: store.context("resp_3", "me"), lambda store: store.read("resp_3", "me")["id"])
+    assert (whole, cut, last) == (3, [], "resp_3")
+
+
+def test_deleting_leaves_nothing_behind_once_nothing_continues_it(tmp_path):
+    def rows(store):
+        return store._db.execute("SELECT COUNT(*) FROM responses").fetchone()[0]
+    *_, one, two, three, gone_one = stored(
+        tmp_path, kept("resp_1"), kept("resp_2", "resp_1"), kept("resp_3", "resp_2"),
+        lambda store: store.delete("resp_1", "me") and rows(store),
+        lambda store: store.delete("resp_2", "me") and rows(store),
+        lambda store: store.delete("resp_3", "me") and rows(store),
+        lambda store: store.delete("resp_3", "me"))
+    assert (one, two, three, gone_one) == (3, 3, 0, False)
+
+
+def test_a_response_that_is_too_big_to_store_takes_nobodys_place(tmp_path):
+    with serving(tmp_path, store_size="300k") as base:
+        first = respond(base, "first")[1]
+        big = respond(base, "x" * 200_000)[1]
+        assert output_text(big) == "x" * 200_000
+        assert get(base, "/v1/responses/" + first["id"])[0] == 200
+        assert get(base, "/v1/responses/" + big["id"])[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/input_tokens"])
+def test_what_a_small_request_recalls_is_no_larger_than_a_body_may_be(tmp_path, path):
+    with serving(tmp_path, max_body="200k") as base:
+        long = respond(base, "x" * 50_000)[1]
+        item = {"type": "item_reference", "id": long["output"][0]["id"]}
+        status, _, told = post(base, path, {"model": "m", "input": [item] * 9})
+        assert (status, told["error"]["param"]) == (413, "input[4].id")     # 200 KiB
+        two = respond(base, "y" * 50_000, previous_response_id=long["id"])[1]
+        status, _, told = post(base, path, {"model": "m", "input": "z", "previous_response_id":
+                                            two["id"]})
+        assert status == 413 and "stored conversation" in told["error"]["message"]
+
+
+@pytest.mark.parametrize("more", [
+    {"previous_response_id": "\ud800"}, {"input": [{"type": "item_reference", "id": "msg_\ud800"}]},
+    {"tools": [{"type": "custom", "name": "g", "format": "text"}]},
+    {"tools": [{"type": "custom", "name": "g", "format": [1]}]},
+    {"tools": [{"type": "function", "name": "g"}], "tool_choice": {
+        "type": "allowed_tools", "mode": "required", "tools": [{"function": "x"}, {"custom": 3}]}}])
+def test_odd_values_found_by_an_attack_are_refused(url, more):
+    status, _, told = post(url, "/v1/responses", {"model": "m", "input": "hi", **more})
+    assert status == 400 and told["error"]["param"]
+
+
+def test_items_with_odd_ids_are_stored_under_ids_of_their_own(url):
+    given = [{"role": "user", "content": "x", "id": odd} for odd in ([1], {}, "msg_a", "msg_a", 5)]
+    name = respond(url, given)[1]["id"]
+    found = get(url, f"/v1/responses/{name}/input_items")[2]["data"]
+    assert len({item["id"] for item in found}) == 5
+    last = {"type": "item_reference", "id": found[0]["id"]}
+    assert output_text(respond(url, [last])[1]) == "x"
+
+
+def test_a_body_of_chat_may_continue_a_stored_response(url):
+    first = respond(url, "/call look {}", tools=[{"type": "function", "name": "look"}])[1]
+    call = first["output"][0]["call_id"]
+    status, _, told = post(url, "/v1/responses", {
+        "model": "m", "messages": [{"role": "tool", "tool_call_id": call, "content": "seen"}],
+        "tools": [{"type": "function", "name": "look"}], "previous_response_id": first["id"]})
+    assert (status, output_text(told)) == (200, "seen")
+
+
+@pytest.mark.parametrize("statement", ["PRAGMA user_version = 99", "CREATE TABLE responses (x)"])
+def test_a_store_of_another_make_is_left_as_it_is_and_not_locked(tmp_path, statement):
+    sqlite3 = pytest.importorskip("sqlite3")
+    (tmp_path / "state").mkdir()
+    path = tmp_path / "state" / "store.db"
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        db.execute(statement)
+        db.commit()
+    with serving(tmp_path) as base:
+        for _ in range(2):
+            status, _, told = get(base, "/v1/responses/resp_1")
+            assert status == 500 and "locked" not in told["error"]["message"]
+        with contextlib.closing(sqlite3.connect(str(path), timeout=0.1)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+    assert version == (99 if "99" in statement else 0)
+
+
+def test_a_stream_that_cannot_be_ended_is_at_least_closed(tmp_path, monkeypatch):
+    def frames(message, event):
+        if event["type"] == "message_stop":
+            raise RecursionError
+        return real(message, event)
+    real = DIALECTS["chat"].frames
+    monkeypatch.setitem(ccproxy.DIALECTS, "chat", DIALECTS["chat"]._replace(frames=frames))
+    with serving(tmp_path) as base:
+        answer = http_post(base, "hi", stream=True)
+    assert answer.body.endswith(b"data: [DONE]\n\n") and b'"error"' in answer.body
 
 
 def test_the_stores_file_is_its_owners_alone_and_two_proxies_share_it(tmp_path):
@@ -5088,8 +5239,8 @@ def test_what_stands_before_a_route_is_not_read_over(url, path):
 def test_the_cli_lists_tools_without_their_schemas(schema):
     tools = [{"name": "f", "description": "d", "input_schema": schema}]
     answer = ccproxy.mcp_answer({"method": "tools/list", "id": 1}, tools)
-    assert answer["mcp_response"]["result"] == {
-        "tools": [{"name": "f", "inputSchema": {"type": "object"}}]}
+    [listed] = answer["mcp_response"]["result"]["tools"]
+    assert listed.pop("_meta") and listed == {"name": "f", "inputSchema": {"type": "object"}}
 
 
 def test_answers_cut_off_by_a_stop_say_so(tmp_path):
