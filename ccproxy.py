@@ -1239,7 +1239,7 @@ SERVER = "client"                       # the MCP server under which the client'
 ANSWER = "StructuredOutput"             # the CLI's tool for answers that match a schema
 ANSWER_HELP = ("Use this tool to return your final response in the requested structured format. "
                "You MUST call this tool exactly once at the end of your response.")
-NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
+NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor", "TaskOutput"}  # 2.1.110 trips over these
 SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
 ANSWER_TRIES = 5        # messages until the model has answered to a schema; 2.1.110 has no end
 RESULT_LIMIT = 400_000  # characters; the CLI cuts a result over 500,000 that is no history

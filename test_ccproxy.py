@@ -6099,6 +6099,34 @@ def test_parameters_and_media_of_responses_reach_the_model(real):
 
 
 @pytest.mark.real_cli
+def test_what_cursor_sends_to_chat_is_answered_in_chat(real):
+    """Agent mode: a body of Responses, a free tool whose text comes in a function's envelope."""
+    tools = [FLAT_REAL[0], FREE_REAL]
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [
+        {"type": "input_text", "text": 'SAY CALL:apply_patch ARGS:{"input": "*** Begin"} '
+                                       "CALL:look ARGS:{}"}]}]
+    body = {"model": MODEL, "input": asked, "tools": tools, "stream": True,
+            "reasoning": {"effort": "high"}, "text": {"verbosity": "low"}}
+    answer = read_chat(stream(real.url, "/v1/chat/completions", body))
+    first, second = answer["choices"][0]["message"]["tool_calls"]
+    assert first["function"] == {"name": "apply_patch", "arguments": "*** Begin"}
+    assert (second["function"]["name"], answer["finishes"]) == ("look", ["tool_calls"])
+    history = [*asked, {"role": "assistant", "content": "Let me look.", "tool_calls": [
+        first, second]}, *({"role": "tool", "tool_call_id": call["id"], "content": text}
+                           for call, text in ((first, "Done!"), (second, "seen")))]
+    status, headers, told = post(real.url, "/v1/chat/completions", {
+        "model": MODEL, "messages": history, "tools": tools, "reasoning_effort": "high"})
+    assert (status, headers["X-CC-Conversation"]) == (200, "continued")
+    assert told["choices"][0]["message"]["content"]
+    assert heard(real.api.bodies[-1])[1:] == [
+        ("assistant", [real_text("Let me look."),
+                       use(first["id"], "apply_patch", input="*** Begin"),
+                       use(second["id"], "look")]),
+        ("user", [real_result(first["id"], real_text("Done!")),
+                  real_result(second["id"], real_text("seen"))])]
+
+
+@pytest.mark.real_cli
 @pytest.mark.parametrize("word, finish", [("MAXTOK", "length"), ("REFUSE", "content_filter")])
 def test_a_response_that_was_cut_short_is_incomplete(real, word, finish):
     said = Client(real.url, "responses").ask(word + " hi", streamed=word == "MAXTOK")
