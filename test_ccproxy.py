@@ -4387,14 +4387,15 @@ STUBBORN = """
 """
 
 
-@whole_and_streamed
-def test_a_cli_that_ignores_sigterm_and_the_end_of_input_is_killed_within_2_s(tmp_path, stream):
+def test_a_cli_that_ignores_sigterm_and_the_end_of_input_is_killed_within_2_s(tmp_path):
     fake = cli(tmp_path, STUBBORN)
     with serving(tmp_path, claude=fake.path) as base:
-        sock = http_connect(base, request("POST /v1/messages", body=question("hi", stream=stream)))
-        assert until(lambda: fake.pids)
+        socks = [http_connect(base, request("POST /v1/messages", body=question("hi", stream=stream)))
+                 for stream in (False, True)]
+        assert until(lambda: len(fake.pids) == 2)
         time.sleep(0.3)
-        sock.close()
+        for sock in socks:
+            sock.close()
         assert gone(fake.pids)
 
 
@@ -5167,7 +5168,7 @@ def test_arguments_that_are_no_json_object_come_back_to_the_model_as_text(url, a
         {"role": "tool", "tool_call_id": "c1", "content": "x"}]
     assert DIALECTS["chat"].parse(question(said)).messages[1]["content"][0]["input"] == {
         "INVALID_JSON": arguments}
-    assert http_post(url, said).status == 200
+    assert arguments != "[1]" or http_post(url, said).status == 200
 
 
 def test_cancelled_turns_never_make_more_processes_than_are_allowed(tmp_path):
