@@ -651,7 +651,8 @@ def parse_reasoning(item: dict, where: str) -> list[dict]:
     kind, _, proof = optional(item, "encrypted_content", str, where + ".").partition(":")
     thought = parse_text(item.get("summary"), where + ".summary")
     return [{"type": kind, "data": proof} if kind == THOUGHTS[1] else
-            {"type": kind, "thinking": thought, "signature": proof}] if kind in THOUGHTS else []
+            {"type": kind, "thinking": thought, "signature": proof}
+            ] if kind in THOUGHTS and proof else []
 
 
 def finish_history(turns: list[tuple[str, list[dict], str]], slot: str) -> tuple[dict, ...]:
@@ -1669,12 +1670,15 @@ class Reply:
 # all the work, so the loop never waits for a disk.  Knows rows and items, not what they say.
 # To change a table: one more entry in MIGRATIONS.
 
-MIGRATIONS = (
-    # items: what the request added, and the output; response: "" once it was deleted
+MIGRATIONS = (      # what a walk along a conversation reads and writes is apart from the long texts
+    # bytes of items and of the response; that is 0 once it was deleted
     "CREATE TABLE responses (id TEXT PRIMARY KEY, caller TEXT NOT NULL, previous TEXT, "
-    "used REAL NOT NULL, size INTEGER NOT NULL, items TEXT NOT NULL, response TEXT NOT NULL)",
+    "used REAL NOT NULL, size INTEGER NOT NULL, echoed INTEGER NOT NULL)",
+    # items: what the request added, and the output
+    "CREATE TABLE bodies (id TEXT PRIMARY KEY REFERENCES responses ON DELETE CASCADE, "
+    "items TEXT NOT NULL, response TEXT NOT NULL)",
     "CREATE INDEX responses_previous ON responses (previous)",
-    "CREATE INDEX responses_used ON responses (used, size)")
+    "CREATE INDEX responses_used ON responses (used)")
 CHAIN = """WITH RECURSIVE chain(id, previous, depth) AS (
     SELECT id, previous, 0 FROM responses WHERE id = ? AND caller = ? UNION ALL
     SELECT r.id, r.previous, depth + 1 FROM responses r JOIN chain ON r.id = chain.previous) """
@@ -1736,7 +1740,7 @@ class Store:
         db = sqlite3.connect(path, timeout=5)
         try:
             for setting in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON",
-                            "journal_size_limit = 16777216"):
+                            "foreign_keys = ON", "journal_size_limit = 16777216"):
                 db.execute("PRAGMA " + setting)
             db.execute("BEGIN IMMEDIATE")   # another proxy may be here for the first time, too
             done = db.execute("PRAGMA user_version").fetchone()[0]
@@ -1753,27 +1757,30 @@ class Store:
 
     def read(self, name: str, caller: str, column: str = "response") -> Any:
         """A response, or with "items" what its request added and its output; None if not stored."""
-        row = self._db.execute(f"SELECT {column} FROM responses WHERE id = ? AND caller = ? "
-                               "AND response != ''", (name, caller)).fetchone()
+        row = self._db.execute(f"SELECT {column} FROM responses JOIN bodies USING (id) "
+                               "WHERE id = ? AND caller = ? AND echoed > 0",
+                               (name, caller)).fetchone()
         return json.loads(row[0]) if row else None
 
     def context(self, name: str, caller: str) -> list[dict]:
         """All items of a conversation up to the end of a response; [] if not all are stored."""
-        whole, size = self._measure(name, caller)
+        whole, size, _ = self._measure(name, caller)
         if not whole:
             return []
         if size > self._limit:
             raise ApiError("request_too_large", f"the stored conversation: larger than "
                            f"{self._limit} bytes")
-        rows = self._db.execute(CHAIN + "SELECT items FROM chain JOIN responses USING (id) "
+        rows = self._db.execute(CHAIN + "SELECT items FROM chain JOIN bodies USING (id) "
                                 "ORDER BY depth DESC", (name, caller))
         return [item for row in rows for item in json.loads(row[0])]
 
-    def _measure(self, name: str, caller: str) -> tuple[int, int]:
-        """Whether a conversation is there from its beginning to a response, and its bytes."""
+    def _measure(self, name: str, caller: str) -> tuple[int, int, int]:
+        """Whether a conversation is there from its beginning to a response; bytes of its items, and
+        of all that is stored of it."""
         return self._db.execute(
-            CHAIN + "SELECT SUM(chain.previous IS NULL) - SUM(depth = 0 AND response = ''), "
-            "SUM(size) FROM chain JOIN responses USING (id)", (name, caller)).fetchone()
+            CHAIN + "SELECT SUM(chain.previous IS NULL) - SUM(depth = 0 AND echoed = 0), "
+            "SUM(size), SUM(size + echoed) FROM chain JOIN responses USING (id)",
+            (name, caller)).fetchone()
 
     async def recall(self, body: dict, caller: str) -> list[dict]:
         """The items before those of a request; its references are replaced by what they name."""
@@ -1814,27 +1821,29 @@ class Store:
         now, db, name, before = time.time(), self._db, response["id"], response.get(
             "previous_response_id")
         texts = json.dumps(listed_items(response, items) + response["output"]), json.dumps(response)
-        size = sum(map(len, texts))
-        if size + (self._measure(before or "", caller)[1] or 0) > self._size:
+        sizes = tuple(map(len, texts))
+        if sum(sizes) + (self._measure(before or "", caller)[2] or 0) > self._size:
             raise ApiError("request_too_large", "a conversation larger than --store-size is not "
                            "stored")
         db.execute("DELETE FROM responses WHERE used < ?", (now - self._days * 86400,))
-        db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)",
-                   (name, caller, before, now, size, *texts))
+        db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)",
+                   (name, caller, before, now, *sizes))
+        db.execute("INSERT INTO bodies VALUES (?, ?, ?)", (name, *texts))
         db.execute(CHAIN + "UPDATE responses SET used = ? WHERE id IN (SELECT id FROM chain)",
                    (name, caller, now))
         oldest = "DELETE FROM responses WHERE used = (SELECT MIN(used) FROM responses)"
-        while db.execute("SELECT SUM(size) FROM responses").fetchone()[0] > self._size:
+        while db.execute("SELECT SUM(size + echoed) FROM responses").fetchone()[0] > self._size:
             db.execute(oldest)
 
     def delete(self, name: str, caller: str) -> bool:
         """Whether there was one; what it held stays for as long as a response continues it."""
         db = self._db
-        found = db.execute("UPDATE responses SET response = '' WHERE id = ? AND caller = ? "
-                           "AND response != ''", (name, caller)).rowcount
+        found = db.execute("UPDATE responses SET echoed = 0 WHERE id = ? AND caller = ? AND "
+                           "echoed > 0", (name, caller)).rowcount
+        db.execute("UPDATE bodies SET response = '' WHERE id = ?", (name if found else "",))
         while name:
-            row = db.execute("SELECT previous FROM responses WHERE id = ? AND response = '' AND "
-                             "NOT EXISTS (SELECT 1 FROM responses WHERE previous = ?)",
+            row = db.execute("SELECT previous FROM responses WHERE id = ? AND echoed = 0 AND NOT "
+                             "EXISTS (SELECT 1 FROM responses WHERE previous = ?)",
                              (name, name)).fetchone()
             db.execute("DELETE FROM responses WHERE id = ?", (name if row else "",))
             name = row[0] if row else None

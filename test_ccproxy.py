@@ -4922,7 +4922,7 @@ def test_what_a_small_request_recalls_is_no_larger_than_a_body_may_be(tmp_path, 
         item = {"type": "item_reference", "id": long["output"][0]["id"]}
         status, _, told = post(base, path, {"model": "m", "input": [item] * 9})
         assert (status, told["error"]["param"]) == (413, "input[4].id")     # 200 KiB
-        two = respond(base, "y" * 50_000, previous_response_id=long["id"])[1]
+        two = respond(base, "y" * 60_000, previous_response_id=long["id"])[1]
         status, _, told = post(base, path, {"model": "m", "input": "z", "previous_response_id":
                                             two["id"]})
         assert status == 413 and "stored conversation" in told["error"]["message"]
