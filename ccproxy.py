@@ -466,6 +466,8 @@ PASSED_ON = ("redacted_thinking", "search_result", "server_tool_use",
              "web_search_tool_result")      # blocks of the API's own that come back in a history
 ROLES = ("user", "assistant", "system", "developer", "tool", "function")
 SAID = {"function": "arguments", "custom": "input"}     # envelope of a call -> its field of text
+FREE_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+               "additionalProperties": False}
 TOOL_FIELDS = {"type", "name", "description", "parameters", "input_schema", "strict", "format",
                "cache_control"}
 THOUGHTS = ("thinking", "redacted_thinking")
@@ -728,31 +730,23 @@ def tool_name(tool: dict, where: str, space: str) -> str:
     return f"{space}__{tool['name']}" if space else tool["name"]
 
 
-def parse_free(tool: dict, where: str, ignored: set[str]) -> dict:
-    """A custom tool, whose input is free text, as a function tool of one string."""
-    told = optional(tool, "description", str, where + ".")
-    rule = optional(tool, "format", dict, where + ".")
-    rule = rule.get("grammar") or rule      # Chat nests it
-    ignored.update(f"{where}.{name}" for name in set(tool) - TOOL_FIELDS)
-    if isinstance(rule, dict) and rule.get("definition"):
-        told += "\n\nThe input has to match this {syntax} grammar:\n{definition}".format_map(
-            {"syntax": "", **rule})
-    return {"name": tool["name"], **({"description": told.strip()} if told else {}),
-            "input_schema": {"type": "object", "properties": {"input": {"type": "string"}},
-                             "required": ["input"], "additionalProperties": False}}
-
-
-def parse_tool(tool: dict, where: str, ignored: set[str]) -> dict:
-    """A function tool of any dialect (flat, Anthropic's) as an Anthropic tool."""
-    if tool.get("type") not in (None, "custom", "function"):    # typed: bash_*, text_editor_*
+def parse_tool(tool: dict, where: str, free: bool, ignored: set[str]) -> dict:
+    """A tool of any dialect (flat) as an Anthropic tool; a custom one, whose input is free text, as
+    a function of one string."""
+    if not free and tool.get("type") not in (None, "custom", "function"):   # typed: bash_*, ...
         return {k: v for k, v in tool.items() if k != "cache_control"}
-    slot = "input_schema" if "input_schema" in tool else "parameters"
-    schema = optional(tool, slot, dict, where + ".")
-    told = optional(tool, "description", str, where + ".")
     ignored.update(f"{where}.{name}" for name in set(tool) - TOOL_FIELDS)
-    return {"name": tool["name"], **({"description": told} if told else {}), "input_schema": {
-        "type": "object", **({} if "type" in schema else {"properties": {}}), **schema},
-        **({"strict": True} if tool.get("strict") is True else {})}
+    told = optional(tool, "description", str, where + ".")
+    slot = "input_schema" if "input_schema" in tool else "parameters"
+    schema, rule = (optional(tool, name, dict, where + ".") for name in (slot, "format"))
+    if free:
+        rule, schema = rule.get("grammar") or rule, FREE_SCHEMA     # Chat nests the grammar
+        if isinstance(rule, dict) and rule.get("definition"):
+            told = (f"{told}\n\nThe input has to match this {rule.get('syntax')} grammar:\n"
+                    f"{rule['definition']}").strip()
+    return {"name": tool["name"], **({"description": told} if told else {}),
+            "input_schema": {"type": "object", **({} if "type" in schema else {"properties": {}}),
+                             **schema}, **({"strict": True} if tool.get("strict") is True else {})}
 
 
 def listed_tools(tools: list, where: str, space: str = "") -> Iterator[tuple[str, dict, str]]:
@@ -783,7 +777,7 @@ def parse_tools(body: dict, ignored: set[str]) -> tuple[list[dict], dict[str, di
         if name in tools:
             raise refusal(where, f"the name {name[:64]!r} is there twice")
         free = kind == "custom" and "input_schema" not in inner
-        tools[name] = {**(parse_free if free else parse_tool)(inner, where, ignored), "name": name}
+        tools[name] = {**parse_tool(inner, where, free, ignored), "name": name}
         if free or space:                   # Cursor sends it flat, and reads a function's envelope
             known[name] = {**({"free": slot or "function"} if free else {}),
                            **({"namespace": space, "name": inner["name"]} if space else {})}
