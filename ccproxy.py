@@ -454,6 +454,7 @@ def parse_json(body: bytes) -> dict:
 # blocks and tools (Cursor sends them), and nobody has to be told which words are whose.
 # To add a field: a row in FIELDS.  To add a dialect: x_frames, x_body, x_error, a row in DIALECTS.
 
+BILLING = re.compile(r"\A\s*x-anthropic-billing-header:.*\n*")   # the CLI would take it for its
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 SAMPLING = ("temperature", "top_p", "top_k")
 EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
@@ -577,6 +578,9 @@ def parse_part(part: Any, where: str) -> dict:
         return {"type": kind, "content": parse_parts(part.get("content"), where + ".content"),
                 "tool_use_id": clean_id(part.get("tool_use_id"), where + ".tool_use_id"),
                 **({"is_error": True} if part.get("is_error") is True else {})}
+    elif kind == "tool_reference":          # Claude Code's tool search; all tools are listed here
+        return {"type": "text", "text": f"{need(part.get('tool_name'), where + '.tool_name', str)} "
+                                        "can be called now."}
     elif kind == "thinking":
         need(part.get("thinking"), where + ".thinking", str)
     elif kind not in PASSED_ON:
@@ -770,7 +774,8 @@ def parse_tools(body: dict, ignored: set[str]) -> tuple[list[dict], dict[str, di
         kind = str(tool.get("type") or "function")
         slot = next((slot for slot in SAID if isinstance(tool.get(slot), dict)), "")
         inner, where = tool.get(slot, tool), f"{where}.{slot}" if slot else where
-        if kind.startswith(SERVER_TOOLS) or (kind not in SAID and not inner.get("name")):
+        if kind.startswith(SERVER_TOOLS) or inner.get("name") == "DeferredToolPlaceholder" or (
+                kind not in SAID and not inner.get("name")):
             ignored.add(f"{where}.{kind[:40]}")
             continue
         name = tool_name(inner, where, space)
@@ -912,7 +917,9 @@ def parse_body(body: dict, earlier: list = ()) -> Turn:
     tools, known = parse_tools({**body, "tools": optional(body, "tools", list) + more}, ignored)
     system, messages = parse_history(items, slot, known, len(earlier))
     first = [parse_text(body.get(name), name) for name in ("system", "instructions")]
-    system = "\n\n".join(filter(None, (*first, system)))
+    system, forged = BILLING.subn("", "\n\n".join(filter(None, (*first, system))))
+    if forged:
+        ignored.add("x-anthropic-billing-header")
     marked = [body.get("system"), body.get("tools"), *(m.get("content") for m in items)]
     if any(isinstance(item, dict) and "cache_control" in item
            for items in marked if isinstance(items, list) for item in items):
@@ -1234,11 +1241,12 @@ SERVER = "client"                       # the MCP server under which the client'
 ANSWER = "StructuredOutput"             # the CLI's tool for answers that match a schema
 ANSWER_HELP = ("Use this tool to return your final response in the requested structured format. "
                "You MUST call this tool exactly once at the end of your response.")
-NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor", "TaskOutput"}  # 2.1.110 trips over these
+NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
 SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
 ANSWER_TRIES = 5        # messages until the model has answered to a schema; 2.1.110 has no end
 RESULT_LIMIT = 400_000  # characters; the CLI cuts a result over 500,000 that is no history
 PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the caller may decide
+IDENTITY = re.compile("You are (Claude Code|a Claude agent).*")     # alone it replaces the CLI's
 OUTER_ENV = re.compile(r"CLAUDECODE$|CLAUDE_AGENT_|CCPROXY_|CLAUDE_CODE_(?!OAUTH_TOKEN$|USE_\w+$|"
                        r"SKIP_\w+_AUTH$|CLIENT_\w+$)")  # of an outer session, or ours
 CLI_SWITCHES = (
@@ -1396,7 +1404,8 @@ def initialize_request(turn: Turn) -> dict:
     schema = {"hooks": None} if turn.schema is None else {
         "jsonSchema": wire_schema(turn.schema),
         "hooks": {"PostToolUse": [{"matcher": ANSWER, "hookCallbackIds": [ANSWER]}]}}
-    return {"subtype": "initialize", "systemPrompt": [turn.system], **schema,
+    system = turn.system + "\n" * bool(IDENTITY.fullmatch(turn.system))
+    return {"subtype": "initialize", "systemPrompt": [system], **schema,
             **({"sdkMcpServers": [SERVER]} if turn.tools else {})}
 
 
@@ -2181,12 +2190,33 @@ async def find_claude(wanted: str) -> tuple[list[str], str]:
     return [found], ".".join(map(str, parse_version(told)))
 
 
-def canonical_message(message: dict) -> bytes:
-    """What of a message makes two conversations the same: trimmed text, calls, results, media."""
+def tool_defaults(turn: Turn) -> dict[str, dict]:
+    """Tool name -> the defaults that its schema gives its properties."""
+    found = {}
+    for tool in turn.tools:
+        properties = tool.get("input_schema", {}).get("properties")
+        for key, schema in properties.items() if isinstance(properties, dict) else ():
+            if isinstance(schema, dict) and "default" in schema:
+                found.setdefault(tool["name"], {})[key] = schema["default"]
+    return found
+
+
+def canonical_message(message: dict, defaults: Mapping[str, dict]) -> bytes:
+    """What of a message makes two conversations the same: trimmed text, calls, results, media.
+
+    Clients write a tool's defaults into the calls that they send back: those are left out.
+    """
     content, user = message["content"], message["role"] == "user"
     text = "".join(b["text"] for b in content if b["type"] == "text").strip()
-    rest = [[b["id"], b["name"], b["input"]] if b["type"] == "tool_use" else b for b in content
-            if b["type"] == "tool_use" or (user and b["type"] != "text")]
+    rest = []
+    for block in content:
+        if block["type"] == "tool_use":
+            known, said = defaults.get(block["name"], {}), block["input"]
+            if known and isinstance(said, dict):
+                said = {k: v for k, v in said.items() if k not in known or known[k] != v}
+            rest.append([block["id"], block["name"], said])
+        elif user and block["type"] != "text":
+            rest.append(block)
     return json.dumps([message["role"], text, rest], sort_keys=True).encode("ascii")
 
 
@@ -2199,8 +2229,10 @@ def profile_digest(turn: Turn) -> bytes:
 def digest_chain(turn: Turn, caller: str, model: str) -> list[bytes]:
     """A key for each prefix of the conversation: [nothing said, first message, ..., all]."""
     chain = [hashlib.sha256(json.dumps([caller, model]).encode() + profile_digest(turn)).digest()]
+    defaults = tool_defaults(turn)
     for message in turn.messages:
-        chain.append(hashlib.sha256(chain[-1] + canonical_message(message)).digest())
+        said = canonical_message(message, defaults)
+        chain.append(hashlib.sha256(chain[-1] + said).digest())
     return chain
 
 
@@ -2397,7 +2429,7 @@ class Conversations:
                     yield events
                 if reply.failed:
                     raise reply.failed
-            kept = reply.reusable and self._rest(claude, chain, message)
+            kept = reply.reusable and self._rest(claude, turn, chain, message)
             if not kept:
                 self._close(claude)
             yield [{"type": "message_stop"}]
@@ -2451,9 +2483,10 @@ class Conversations:
             return None
         return self.idle.pop(key)
 
-    def _rest(self, claude: Claude, chain: list[bytes], message: Message) -> bool:
+    def _rest(self, claude: Claude, turn: Turn, chain: list[bytes], message: Message) -> bool:
         """Keep the process for the conversation's next turn."""
-        said = canonical_message({"role": "assistant", "content": message.content})
+        answer = {"role": "assistant", "content": message.content}
+        said = canonical_message(answer, tool_defaults(turn))
         key = hashlib.sha256(chain[-1] + said).digest()
         calls = {b["id"] for b in message.content if b["type"] == "tool_use"}
         claude.rest(calls if message.stop_reason == "tool_use" else set())

@@ -1663,6 +1663,18 @@ def test_what_is_dropped_inside_a_field_is_named_too():
                             "tools[1].allowed_callers")
 
 
+def test_what_claude_code_sends_as_a_client_is_understood():
+    header = "x-anthropic-billing-header: cc_version=9.9.9; cch=00000;"
+    turn = parse("messages", [user(said("q")), {"role": "assistant", "content": [CALL]}, user(
+        result([{"type": "tool_reference", "tool_name": "Edit"}]))],
+        system=[said(header), said("You are Claude Code.")],
+        tools=[WEATHER, {"name": "DeferredToolPlaceholder", "input_schema": {"type": "object"}}])
+    assert turn.system == "You are Claude Code."
+    assert [t["name"] for t in turn.tools] == ["get_weather"]
+    assert turn.messages[2] == user(result([said("Edit can be called now.")]))
+    assert set(turn.ignored) == {"x-anthropic-billing-header", "tools[1].function"}
+
+
 @pytest.mark.parametrize("call", [
     {"id": "toolu_2", "type": "function", "function": {"name": "patch", "arguments": "*** Begin"}},
     {"id": "toolu_2", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}])
@@ -2933,7 +2945,7 @@ def test_another_caller_model_prompt_tool_or_schema_shares_no_key(changes):
 
 
 def canonical(role, *content):
-    return ccproxy.canonical_message({"role": role, "content": list(content)})
+    return ccproxy.canonical_message({"role": role, "content": list(content)}, {})
 
 
 @pytest.mark.parametrize("one, other", [
@@ -4458,6 +4470,21 @@ def test_another_prompt_model_history_or_reply_never_continues_a_conversation(tm
             assert (answer.how, answer.text) == ("rebuilt", "two")
         assert http_post(base, history, system="S").how == "continued"       # still where it was
         assert http_post(base, history, system="S").how == "rebuilt"         # regenerated
+
+
+def test_a_default_that_the_client_writes_into_a_call_does_not_end_the_conversation(tmp_path):
+    schema = {"type": "object", "properties": {"all": {"type": "boolean", "default": False},
+                                               "a": {"type": "integer"}}}
+    client = None
+    with serving(tmp_path) as base:
+        for more, how in (({"all": False}, "continued"), ({"all": True}, "rebuilt"),
+                          ({"b": False}, "rebuilt")):
+            client = Client(base, "messages", tools=[{"name": "edit", "input_schema": schema}])
+            said = client.ask('/call edit {"a": 1}')
+            [call] = client.messages[-1]["content"]
+            call["input"].update(more)
+            told = client.ask(*client.results((said.calls[0][0], "done")))
+            assert (told.text, told.headers["X-CC-Conversation"]) == ("done", how)
 
 
 def test_a_conversation_whose_process_was_killed_is_rebuilt(tmp_path):
@@ -6142,6 +6169,26 @@ def test_errors_before_and_inside_a_response_are_told_in_its_words(real):
     kinds = [kind for kind, _ in said.raw]
     assert kinds[-2:] == ["error", "response.failed"] and "response.completed" not in kinds
     assert "Overloaded" in said.raw[-1][1]["response"]["error"]["message"]
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("system", [
+    "x-anthropic-billing-header: cc_version=9.9.9; cch=00000;\n\nBe brief.",
+    "You are Claude Code, Anthropic's official CLI for Claude.",
+    "You are a Claude agent, built on Anthropic's Claude Agent SDK."])
+def test_no_callers_system_text_takes_the_place_of_the_clis_own_lines(real, system):
+    def others(body, text):
+        return [re.sub(r"cc_version=[^;]*|cch=[^;]*", "", block["text"]) for block in body["system"]
+                if block["text"].strip() != text]
+    assert Client(real.url, "messages", system="Be brief.").ask("hi").status == 200
+    plain = others(real.api.bodies[-1], "Be brief.")
+    assert Client(real.url, "messages", system=system).ask("hi").status == 200
+    text = system.rpartition("\n")[2]
+    body = real.api.bodies[-1]
+    assert [block["text"].strip() for block in body["system"]].count(text) >= 1
+    assert "9.9.9" not in json.dumps(body) and len(body["system"]) == len(plain) + 1
+    if text == "Be brief.":
+        assert others(body, text) == plain
 
 
 @pytest.mark.real_cli
