@@ -1550,6 +1550,9 @@ class Reply:
             if self._strict and ANSWER not in (line.get("tools") or []):
                 self.failed = ApiError("invalid_request", "the CLI cannot use this JSON schema: it "
                                        "is invalid, or newer than draft 7", param="schema")
+        elif kind == "system" and line.get("status") == "requesting":
+            if self._blocks and not self._closing:      # 2.1.330 asks the model to go on
+                self.failed = ApiError("backend_error", "the API's answer broke off")
         elif kind == "system" and word == "api_retry":
             self.retry_after = math.ceil((line.get("retry_delay_ms") or 0) / 1000)
             if self.retry_after > PATIENCE_S:

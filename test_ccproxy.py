@@ -2527,6 +2527,17 @@ def test_an_error_of_the_api_behind_a_finished_call_fails_at_once():
     assert len(well_formed(events, whole=False).content) == 1
 
 
+@pytest.mark.parametrize("schema", [None, SCHEMA])
+def test_a_message_that_broke_off_fails_as_soon_as_the_cli_asks_the_model_to_go_on(schema):
+    """2.1.330 would answer from both halves."""
+    reply, events, _ = replay([init(ANSWER), *stream_lines(
+        start(), *thinking(0, "hm"), *text(1, "half"), {"type": "message_stop"}),
+        {"type": "system", "subtype": "status", "status": "requesting"}, *stream_lines(
+        start(), *text(0, "again"), *end())], turn(schema=schema))
+    assert (reply.failed.status, reply.done) == (502, False) and "broke off" in str(reply.failed)
+    assert "again" not in json.dumps(events)
+
+
 def test_after_a_failure_nothing_more_is_told():
     reply, events, _ = replay(stream_lines(start(), *text(0, "a"), start(), *text(0, "again"),
                                            *end()))
@@ -4311,7 +4322,7 @@ def test_a_cli_that_fails_in_mid_stream_gives_the_dialects_own_error_and_end(tmp
     opening = "def turn():\n    start('one', 'two')\n    time.sleep(0.2)\n    "
     found = together(*[lambda name=name, dialect=dialect: ask_badly(
         tmp_path / name / dialect, opening + IN_THE_STREAM[name][0], dialect, True,
-        stall_timeout=0.6) for name, dialect in rows])
+        stall_timeout=2.0) for name, dialect in rows])      # six CLIs start at once
     for (name, _), ((status, message), fake) in zip(rows, found):
         assert status == 200 and IN_THE_STREAM[name][1] in message and len(fake.pids) == 1
 
@@ -4532,7 +4543,7 @@ def busy(base, number):
 
 def test_when_all_processes_are_busy_429_comes_after_queue_timeout(tmp_path):
     with serving(tmp_path, max_processes=2, queue_timeout=0.3) as base:
-        socks = [http_connect(base, request("POST /v1/messages", body=question(SLOW)))
+        socks = [http_connect(base, request("POST /v1/messages", body=question("/slow " + "a " * 18)))
                  for _ in range(2)]
         assert busy(base, 2)
         for answer in together(*[lambda dialect=dialect: http_post(base, "hi", dialect, stream=True)
@@ -4673,9 +4684,9 @@ def check_heartbeats(dialect, found):
 def test_a_whole_answer_gets_no_heartbeat_and_a_lively_stream_none(tmp_path):
     with serving(tmp_path, claude=cli(tmp_path, QUIET).path, heartbeat=0.2) as base:
         assert talk(base, request("POST /v1/messages", body=question("hi"))).count(b"HTTP/1.1") == 1
-    with serving(tmp_path, heartbeat=0.3, warm=1) as base:
+    with serving(tmp_path, heartbeat=1.0, warm=1) as base:
         assert until(lambda: ask(base, "GET /status").json["processes"]["spare"] == 1)
-        answer = http_post(base, "/slow a b c d e f", "messages", stream=True)
+        answer = http_post(base, "/slow " + "a " * 12, "messages", stream=True)      # 1.4 s
         assert b"event: ping" not in answer.body and b"message_stop" in answer.body
 
 
