@@ -633,6 +633,22 @@ def parse_calls(item: dict, where: str, called: dict[str, str], known: dict) -> 
     return blocks
 
 
+def tool_name(tool: dict, where: str, space: str) -> str:
+    """A tool's name, with its namespace if it has one:  "files__read"."""
+    if not need(tool.get("name"), where + ".name", str):
+        raise refusal(where + ".name", "empty")
+    return f"{space}__{tool['name']}" if space else tool["name"]
+
+
+def parse_reasoning(item: dict, where: str) -> list[dict]:
+    """A reasoning item that was made here, as a thinking block; others prove nothing to the API."""
+    kind, _, proof = optional(item, "encrypted_content", str, where + ".").partition(":")
+    thought = parse_text(item.get("summary"), where + ".summary")
+    return [{"type": kind, "data": proof} if kind == THOUGHTS[1] else
+            {"type": kind, "thinking": thought, "signature": proof}
+            ] if kind in THOUGHTS and proof else []
+
+
 def parse_item(item: dict, where: str) -> tuple[str, list[dict]]:
     """An item of Responses that is no message, as (role, blocks)."""
     kind = need(item.get("type"), where + ".type", str)
@@ -650,15 +666,6 @@ def parse_item(item: dict, where: str) -> tuple[str, list[dict]]:
         "type": "tool_use", "id": call, "input": parse_arguments(
             item.get(said), f"{where}.{said}", said == "input"),
         "name": tool_name(item, where, optional(item, "namespace", str, where + "."))}]
-
-
-def parse_reasoning(item: dict, where: str) -> list[dict]:
-    """A reasoning item that was made here, as a thinking block; others prove nothing to the API."""
-    kind, _, proof = optional(item, "encrypted_content", str, where + ".").partition(":")
-    thought = parse_text(item.get("summary"), where + ".summary")
-    return [{"type": kind, "data": proof} if kind == THOUGHTS[1] else
-            {"type": kind, "thinking": thought, "signature": proof}
-            ] if kind in THOUGHTS and proof else []
 
 
 def finish_history(turns: list[tuple[str, list[dict], str]], slot: str) -> tuple[dict, ...]:
@@ -726,13 +733,6 @@ def parse_history(items: list, slot: str, known: dict, earlier: int = 0
 
 
 # -- tools and fields
-
-def tool_name(tool: dict, where: str, space: str) -> str:
-    """A tool's name, with its namespace if it has one:  "files__read"."""
-    if not need(tool.get("name"), where + ".name", str):
-        raise refusal(where + ".name", "empty")
-    return f"{space}__{tool['name']}" if space else tool["name"]
-
 
 def parse_tool(tool: dict, where: str, free: bool, ignored: set[str]) -> dict:
     """A tool of any dialect (flat) as an Anthropic tool; a custom one, whose input is free text, as
@@ -1147,6 +1147,19 @@ def response_object(message: Message, status: str, **more: Any) -> dict:
             **more}
 
 
+def responses_body(message: Message) -> dict:
+    used, reason = chat_usage(message), CUT_SHORT.get(message.stop_reason)
+    written = message.usage.get("cache_creation_input_tokens") or 0
+    usage = {"input_tokens": used["prompt_tokens"], "input_tokens_details": {
+        **used["prompt_tokens_details"], "cache_write_tokens": written},
+        "output_tokens": used["completion_tokens"], "total_tokens": used["total_tokens"],
+        "output_tokens_details": used["completion_tokens_details"]}
+    items = [response_item(message, at) for at in range(len(message.content))]
+    return response_object(
+        message, "incomplete" if reason else "completed", output=list(filter(None, items)),
+        incomplete_details={"reason": reason} if reason else None, usage=usage)
+
+
 def block_events(message: Message, at: int, step: str, delta: dict) -> list[dict]:
     """What a Responses client is told of a content block: step "added", "delta" or "done"."""
     item = response_item(message, at, step == "done") if at >= 0 else {}
@@ -1202,19 +1215,6 @@ def response_events(message: Message, event: dict) -> list[dict]:
 def responses_frames(message: Message, event: dict) -> list[bytes]:
     return [sse_frame({**told, "sequence_number": number}, told["type"])
             for number, told in enumerate(response_events(message, event), message.sent)]
-
-
-def responses_body(message: Message) -> dict:
-    used, reason = chat_usage(message), CUT_SHORT.get(message.stop_reason)
-    written = message.usage.get("cache_creation_input_tokens") or 0
-    usage = {"input_tokens": used["prompt_tokens"], "input_tokens_details": {
-        **used["prompt_tokens_details"], "cache_write_tokens": written},
-        "output_tokens": used["completion_tokens"], "total_tokens": used["total_tokens"],
-        "output_tokens_details": used["completion_tokens_details"]}
-    items = [response_item(message, at) for at in range(len(message.content))]
-    return response_object(
-        message, "incomplete" if reason else "completed", output=list(filter(None, items)),
-        incomplete_details={"reason": reason} if reason else None, usage=usage)
 
 
 class Dialect(NamedTuple):
