@@ -22,6 +22,7 @@ import asyncio
 import base64
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import hmac
 import importlib
@@ -136,8 +137,16 @@ class Turn:
     ignored: tuple[str, ...] = ()           # the caller's fields that cannot be honoured
     wants: Mapping[str, Any] = field(default_factory=dict)   # about the wire: "usage", "tools"
 
+    @functools.cached_property
+    def strict(self) -> str:
+        """A digest of the tools if one of them is strict, else ""."""
+        if not any(tool.get("strict") for tool in self.tools):
+            return ""
+        said = json.dumps(self.tools, sort_keys=True).encode("ascii")
+        return hashlib.sha256(said).hexdigest()[:16]
 
-TICKET = 28
+
+TICKET = 28                 # hex digits
 DELTAS = {  # delta type -> (its field, the field of the block that it extends)
     "text_delta": ("text", "text"), "thinking_delta": ("thinking", "thinking"),
     "signature_delta": ("signature", "signature"), "input_json_delta": ("partial_json", "input")}
@@ -454,7 +463,7 @@ def parse_json(body: bytes) -> dict:
 # blocks and tools (Cursor sends them), and nobody has to be told which words are whose.
 # To add a field: a row in FIELDS.  To add a dialect: x_frames, x_body, x_error, a row in DIALECTS.
 
-BILLING = re.compile(r"\A\s*x-anthropic-billing-header:.*\n*")   # the CLI would take it for its
+BILLING = re.compile(r"\A\s*x-anthropic-billing-header:.*\n*")   # the CLI writes its own there
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 SAMPLING = ("temperature", "top_p", "top_k")
 EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
@@ -764,6 +773,13 @@ def listed_tools(tools: list, where: str, space: str = "") -> Iterator[tuple[str
             yield spot, tool, space
 
 
+def envelope(value: dict) -> tuple[str, dict]:
+    """Chat's tools, calls and choices in their envelope:  {"custom": {...}} -> "custom", {...};
+    flat ones as they are, with ""."""
+    slot = next((slot for slot in SAID if isinstance(value.get(slot), dict)), "")
+    return slot, value[slot] if slot else value
+
+
 def parse_tools(body: dict, ignored: set[str]) -> tuple[list[dict], dict[str, dict]]:
     """`tools` and old-style `functions`, and how their caller knows those that are no functions:
     name -> {"free": "function" or "custom", its envelope in Chat} and {"namespace", "name"}.
@@ -772,8 +788,8 @@ def parse_tools(body: dict, ignored: set[str]) -> tuple[list[dict], dict[str, di
     for where, tool, space in [row for slot in ("tools", "functions") for row in
                                listed_tools(optional(body, slot, list), slot)]:
         kind = str(tool.get("type") or "function")
-        slot = next((slot for slot in SAID if isinstance(tool.get(slot), dict)), "")
-        inner, where = tool.get(slot, tool), f"{where}.{slot}" if slot else where
+        slot, inner = envelope(tool)
+        where = f"{where}.{slot}" if slot else where
         if kind.startswith(SERVER_TOOLS) or inner.get("name") == "DeferredToolPlaceholder" or (
                 kind not in SAID and not inner.get("name")):
             ignored.add(f"{where}.{kind[:40]}")
@@ -798,15 +814,15 @@ def parse_choice(value: Any, where: str) -> dict:
     single = {SINGLE: True} if value.get(SINGLE) else {}
     if kind in CHOICES:
         return {"type": CHOICES[kind], **single}
-    value = next((value[s] for s in (*SAID, kind) if isinstance(value.get(s), dict)), value)
     if kind == "allowed_tools":
+        value = value[kind] if isinstance(value.get(kind), dict) else value     # Chat nests it
         mode = need(value.get("mode"), where + ".mode", str, among=CHOICES)
         allowed = [need(tool, f"{where}.tools[{at}]", dict) for at, tool in enumerate(
             need(value.get("tools"), where + ".tools", list))]
-        return {"type": CHOICES[mode], "allowed": [
-            next((tool[s] for s in SAID if isinstance(tool.get(s), dict)), tool).get("name")
-            for tool in allowed]}
-    return {"type": "tool", "name": need(value.get("name"), where + ".name", str), **single}
+        return {"type": CHOICES[mode], "allowed": [envelope(tool)[1].get("name")
+                                                   for tool in allowed]}
+    name = need(envelope(value)[1].get("name"), where + ".name", str)
+    return {"type": "tool", "name": name, **single}
 
 
 def finish_choice(choice: dict | None, tools: list[dict], parallel: bool) -> dict[str, dict]:
@@ -1339,9 +1355,8 @@ def features(turn: Turn) -> dict[str, str]:
         found["effort"] = "effort." + turn.fields["effort"]
     if turn.fields.get("tool_choice", {}).get("type") in ("auto", "none"):
         del found["tool_choice"]
-    if any(tool.get("strict") for tool in turn.tools):  # their schemas' fault, not the model's
-        tools = json.dumps(turn.tools, sort_keys=True).encode("ascii")
-        found["strict"] = "strict." + hashlib.sha256(tools).hexdigest()[:16]
+    if turn.strict:                         # these schemas' fault, not the model's
+        found["strict"] = "strict." + turn.strict
     if any(b["type"] in THOUGHTS for m in turn.messages for b in m["content"]):
         found["thinking_blocks"] = "thinking_blocks"
     return found
@@ -1468,9 +1483,10 @@ def mcp_answer(message: dict, tools: list[dict], result: dict | None = None) -> 
         answer = {"protocolVersion": message["params"]["protocolVersion"],
                   "capabilities": {"tools": {}}, "serverInfo": {"name": SERVER, "version": "1"}}
     elif message.get("method") == "tools/list":
+        # One odd schema would lose them all.  Without the size a result over 50,000 characters is
+        # replaced by its beginning.
         answer = {"tools": [{"name": tool["name"], "inputSchema": {"type": "object"}, "_meta": {
-            "anthropic/maxResultSizeChars": 10**9}} for tool in tools]}     # one odd schema would
-    # lose them all; without the size a result over 50,000 characters is replaced by its beginning
+            "anthropic/maxResultSizeChars": 10**9}} for tool in tools]}
     return {"mcp_response": {"jsonrpc": "2.0", "id": message.get("id", 0), "result": answer}}
 
 

@@ -4970,6 +4970,7 @@ def test_what_a_small_request_recalls_is_no_larger_than_a_body_may_be(tmp_path, 
     {"previous_response_id": "\ud800"}, {"input": [{"type": "item_reference", "id": "msg_\ud800"}]},
     {"tools": [{"type": "custom", "name": "g", "format": "text"}]},
     {"tools": [{"type": "custom", "name": "g", "format": [1]}]},
+    {"tools": [{"": 5}]},
     {"tools": [{"type": "function", "name": "g"}], "tool_choice": {
         "type": "allowed_tools", "mode": "required", "tools": [{"function": "x"}, {"custom": 3}]}}])
 def test_odd_values_found_by_an_attack_are_refused(url, more):
