@@ -11,6 +11,7 @@ CLI processes wait warm, so no request starts one.
     python ccproxy.py                   serve on http://127.0.0.1:8082
     python ccproxy.py --claude echo     the same without Claude Code: a built-in stand-in answers
     python ccproxy.py doctor            check the CLI, its login and its models
+    python ccproxy.py --backend api     relay to the Anthropic API instead (always at /api)
     with ccproxy.running() as url: ...  serve in a thread, for scripts and tests
 
 Every name is defined above its first use.  Rooms:  grep -n '^# == ' ccproxy.py
@@ -48,7 +49,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Any, AsyncIterator, Callable, Iterator, Mapping, NamedTuple
+from typing import Any, AsyncIterator, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 __version__ = "0.1.0"
 __all__ = ["Settings", "serve", "running", "ApiError", "DIALECTS"]
@@ -57,6 +58,7 @@ CLI_QUIET = (2, 1, 330)     # older ones tell the model in its conversation that
 CLI_FLOOR = (2, 1, 110)     # older ones lack shouldQuery, list-valued systemPrompt and settings.env
 INSTALL = "npm install -g @anthropic-ai/claude-code"
 POSIX = os.name == "posix"
+FAMILIES = ("opus", "sonnet", "haiku", "fable")     # of models; each name means its newest
 
 
 # == 1. Vocabulary =================================================================================
@@ -83,6 +85,7 @@ ERRORS: dict[str, tuple[int, str, str]] = {     # kind -> HTTP status, Anthropic
     "overloaded": (529, "overloaded_error", "server_error"),
 }
 KIND_OF_STATUS = {row[0]: kind for kind, row in ERRORS.items()}
+KIND_OF_TYPE = {row[1]: kind for kind, row in reversed(list(ERRORS.items()))}   # the first counts
 
 
 class ApiError(Exception):
@@ -105,6 +108,12 @@ class Died(ApiError):
 
     def __init__(self, message: str) -> None:
         super().__init__("backend_error", message)
+
+
+def status_error(status: int, message: str, retry_after: int | None = None) -> ApiError:
+    """The ApiError for an upstream's HTTP status; unknown ones keep their number."""
+    kind = KIND_OF_STATUS.get(status, "invalid_request" if 400 <= status < 500 else "backend_error")
+    return ApiError(kind, message, status=status, retry_after=retry_after)
 
 
 def finite(text: str) -> float:
@@ -275,6 +284,22 @@ def flag(value: Any) -> bool:
     return word in ("1", "true", "yes", "on")
 
 
+def one_of(*names: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"expected one of {', '.join(names)}")
+        return value
+    return check
+
+
+def base_url(value: Any) -> str:
+    """An http(s) base URL without its last slash:  "https://host/v1/" -> "https://host"."""
+    url = string(value).rstrip("/")
+    if url and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
+        raise ValueError("expected http(s)://HOST[:PORT][/PATH]")
+    return url[:-3] if url.endswith("/v1") else url
+
+
 whole, seconds = within(int, 0), within(float, 0.001)
 
 
@@ -282,6 +307,8 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "host": ("127.0.0.1", string, "address to listen on; others than loopback need a key"),
     "port": (8082, within(int, 0, 65535), "port to listen on; 0 picks a free one"),
     "api_key": ("", string, "key that callers must send (Bearer or x-api-key)"),
+    "backend": ("chat", one_of("chat", "api"), "what answers /v1: the CLI (chat), or the upstream "
+                "API (api), which /api/v1 always means"),
     "claude": ("", string, "claude binary; `echo` is the built-in stand-in (default: search)"),
     "model": ("default", string, "model for names that nothing else explains"),
     "models": ({}, mapping, "model names to map, as NAME=MODEL,...; NAME may hold *"),
@@ -295,6 +322,11 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "drain_timeout": (20.0, seconds, "seconds running turns get at shutdown"),
     "heartbeat": (15.0, seconds, "seconds of silence before a stream gets a heartbeat"),
     "retries": (2, within(int, 0, 10), "retries of the CLI when the API fails"),
+    "upstream_url": ("", base_url, "upstream API (default: ANTHROPIC_BASE_URL, else Anthropic's)"),
+    "upstream_ca": ("", string, "further certificates to trust upstream (PEM file)"),
+    "connect_timeout": (10.0, seconds, "seconds to connect upstream, and for its TLS handshake"),
+    "max_streams": (256, within(int, 1), "requests upstream at once; beyond it 429"),
+    "oauth": (False, flag, "let the upstream API have the CLI's own login (terms may forbid it)"),
     "max_body": (32 * 2**20, size, "largest request body in bytes, such as 32M"),
     "max_connections": (1000, within(int, 1), "open connections at once"),
     "allow_hosts": ([], words, "further Host names to answer to, comma-separated"),
@@ -321,6 +353,21 @@ class Settings:
                 raise ConfigError(f"{name}: {exc}") from None
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("tls_cert and tls_key go together")
+
+
+def state_dir(settings: Settings) -> str:
+    """Where this user's programs keep state:  ~/.local/state/ccproxy  on Linux."""
+    home = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Application Support"}.get(
+        sys.platform, os.environ.get("XDG_STATE_HOME") or "~/.local/state")
+    return settings.state_dir or os.path.join(os.path.expanduser(home or "~"), "ccproxy")
+
+
+def mapped_model(table: Mapping[str, str], asked: str) -> str:
+    """What --models says of a name, with or without its vendor: names first, then patterns."""
+    names = asked, asked.rpartition("/")[2]
+    hits = [key for key in table if key in names] + [
+        key for key in table if fnmatch.filter(names, key)]
+    return table[hits[0]] if hits else ""
 
 
 def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
@@ -356,6 +403,7 @@ MAX_HEAD = 32 * 1024            # bytes of request line and fields together
 MAX_FIELDS = 100
 LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/(\d)\.(\d)")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+NO_TEXT = re.compile(r"[^ -~\xa0-\xff]")        # nothing that a field's value may hold
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 
 
@@ -368,6 +416,7 @@ class Request:
     minor: int = 1              # HTTP/1.<minor>
     length: int | None = 0
     query: dict[str, str] = field(default_factory=dict)
+    target: str = "/"           # path and query as they came
 
     @property
     def keep_alive(self) -> bool:
@@ -385,7 +434,8 @@ def parse_target(target: str, request: Request) -> str:
         raise ApiError("invalid_request", "header fields: Host is missing")
     if not target.startswith(("/", "?")) and (target, request.method) != ("*", "OPTIONS"):
         raise ApiError("invalid_request", "request line: malformed target")
-    path, _, query = target.partition("#")[0].partition("?")
+    request.target = target.partition("#")[0]
+    path, _, query = request.target.partition("?")
     request.query = dict(urllib.parse.parse_qsl(query))
     return "/" if path == "*" else urllib.parse.unquote(path, errors="replace")
 
@@ -428,11 +478,11 @@ def parse_head(head: bytes) -> Request:
     return request
 
 
-def response_head(status: int, headers: Mapping[str, str]) -> bytes:
+def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
     """Status line and fields.  Whatever a value holds, it cannot end its line."""
     phrase = next((known.phrase for known in HTTPStatus if known == status), "Status")
-    lines = [f"{name}: {re.sub('[^ -~]', '?', value)}\r\n" for name, value in headers.items()]
-    return f"HTTP/1.1 {status} {phrase}\r\n{''.join(lines)}\r\n".encode("ascii")
+    lines = [f"{name}: {NO_TEXT.sub('?', value)}\r\n" for name, value in headers]
+    return f"HTTP/1.1 {status} {phrase}\r\n{''.join(lines)}\r\n".encode("latin-1")
 
 
 def encode_json(value: Any) -> bytes:
@@ -1247,7 +1297,176 @@ DIALECTS: dict[str, Dialect] = {
 }
 
 
-# == 5. CLI protocol ===============================================================================
+# == 5. Refusals ===================================================================================
+# What models refuse: learned from their errors, not listed, and remembered in the state directory.
+# The one loop that tries a turn again, whatever answers it.  Knows turns, no process and no socket.
+# To let another field be dropped: a row in REFUSABLE.
+
+REFUSAL_TRIES = 4               # parameters dropped for one request, at most
+REFUSAL_DAYS = 30               # then a model is asked again: vendors lift restrictions, too
+REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error message names it
+    "strict": r"^tools\.\d+\..*(not supported|strict)",
+    "thinking_blocks": r"messages\.\d.*thinking|thinking.{0,40}block|signature",
+    "temperature": r"\btemperature\b", "top_p": r"\btop_p\b", "top_k": r"\btop_k\b",
+    "stop_sequences": r"\bstop_sequences\b", "tool_choice": r"\btool_choice\b",
+    "format": r"output_config(?!\.effort)|output_format|structured output",
+    "effort": r"\beffort\b|output_config: ", "thinking": r"\bthinking\b"}
+VALUE = re.compile("hould|less than|greater than|not found|nvalid|shorter|longer|requires")
+
+
+def features(turn: Turn) -> dict[str, str]:
+    """What a turn sets that a model may refuse: a key of REFUSABLE -> the same with its value.
+
+    {"temperature": "temperature", "thinking": "thinking.disabled", "tool_choice": "tool_choice"};
+    "thinking.default" is what the CLI makes of a turn that says nothing.
+    """
+    found = {name: name for name in REFUSABLE if name in turn.fields}
+    found["thinking"] = "thinking." + turn.fields.get("thinking", {}).get("type", "default")
+    if turn.fields.get("effort"):
+        found["effort"] = "effort." + turn.fields["effort"]
+    if turn.fields.get("tool_choice", {}).get("type") in ("auto", "none"):
+        del found["tool_choice"]
+    if turn.strict:                         # these schemas' fault, not the model's
+        found["strict"] = "strict." + turn.strict
+    if any(b["type"] in THOUGHTS for m in turn.messages for b in m["content"]):
+        found["thinking_blocks"] = "thinking_blocks"
+    return found
+
+
+def without(turn: Turn, name: str) -> Turn:
+    """The turn without one of its features; of a forced choice remains what was not forced."""
+    fields = {k: v for k, v in turn.fields.items() if k != name}
+    if name == "tool_choice" and turn.fields[name].get(SINGLE):
+        fields[name] = {"type": "auto", SINGLE: True}
+    if name == "thinking" and name not in turn.fields:      # an old CLI with a newer model
+        fields[name] = {"type": "adaptive"}
+    messages = turn.messages
+    if name == "thinking_blocks":
+        kept = [[b for b in m["content"] if b["type"] not in THOUGHTS] for m in messages]
+        messages = tuple({**m, "content": blocks} for m, blocks in zip(messages, kept) if blocks)
+    tools = turn.tools
+    if name == "strict":
+        tools = tuple({k: v for k, v in tool.items() if k != "strict"} for tool in tools)
+    return replace(turn, fields=fields, messages=messages, tools=tools)
+
+
+def refusal_rule(turn: Turn, message: str) -> dict | None:
+    """What to drop, as an error message names it: {"drop": feature, "with": [features]}.
+
+    The first one named is dropped, the others that are set too are the condition; None if the
+    message names nothing that the turn sets, or only its size.
+    """
+    found = features(turn)
+    if "Expected `thinking`" in message and "thinking" in turn.fields:  # a history without it
+        return {"drop": found["thinking"], "with": [], "once": True}
+    named = sorted((match.start(), order, name) for order, (name, pattern) in enumerate(
+        REFUSABLE.items()) for match in [re.search(pattern, message)] if match and name in found)
+    if "type.enabled" not in message and found["thinking"] == "thinking.default":
+        named = [entry for entry in named if entry[2] != "thinking"]
+    names = [name for _, _, name in named if "budget_tokens" not in message]
+    names = ["thinking_blocks"] if "thinking_blocks" in names else names
+    if not names or re.match(r"(tools|system)\.|messages\.", message) and names[0] in turn.fields:
+        return None                         # it speaks of something else
+    rule = {"drop": found[names[0]], "with": sorted(found[n] for n in names[1:])}
+    if "signature" in message:              # that is the history's fault, not the model's
+        return {**rule, "once": True}
+    odd = VALUE.search(message) or (names[0] == "format" and "model" not in message)
+    return {**rule, "value": turn.fields.get(names[0])} if odd else rule
+
+
+def with_thinking(turn: Turn, refused: list[str]) -> Turn:
+    """Sampling, a forced tool or a small output limit need thinking off, which the CLI turns on.
+    If the caller says nothing of it, it is switched off, unless the model refuses that."""
+    fields, wanted = turn.fields, {*SAMPLING, "tool_choice"} & set(features(turn))
+    small = fields.get("max_tokens", SMALL_OUTPUT) < SMALL_OUTPUT
+    if not (wanted or small) or "thinking" in fields or "effort" in fields or \
+            "thinking.disabled" in refused:
+        return turn
+    return replace(turn, fields={**fields, "thinking": {"type": "disabled"}})
+
+
+@dataclass
+class Receipt:
+    """How a turn was served, for the response's head and the log."""
+    caller: str = ""
+    conversation: str = ""                  # new, continued or rebuilt
+    ignored: list[str] = field(default_factory=list)
+    cost: float | None = None               # US dollars, if the CLI said it
+
+
+class Refusals:
+    """What each model has refused; kept in the state directory, so it is met only once."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.rules = path, {}            # model -> [{"drop", "with", "at"}]
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError,
+                                 RecursionError):
+            with open(path, encoding="utf-8") as file:
+                oldest = time.time() - REFUSAL_DAYS * 86400
+                self.rules = {model: [r for r in rules if r["at"] > oldest and r["drop"]
+                                      and all(isinstance(name, str) for name in r["with"])]
+                              for model, rules in json.load(file).items()}
+
+    def apply(self, turn: Turn, model: str, more: list[dict]) -> Turn:
+        """The turn without what the model is known to refuse, and without `more`."""
+        rules = self.rules.get(model, []) + more
+        turn = with_thinking(turn, [rule["drop"] for rule in rules if not rule["with"]])
+        for rule in rules:
+            found = features(turn)
+            for name in [n for n, feature in found.items() if feature == rule["drop"]]:
+                same = rule.get("value") in (None, turn.fields.get(name))
+                if same and {*rule["with"]} <= {*found.values()}:
+                    turn = without(turn, name)
+        return turn
+
+    def learn(self, model: str, rules: list[dict]) -> None:
+        """Remember rules that have helped."""
+        self.rules.setdefault(model, []).extend(
+            {**rule, "at": int(time.time())} for rule in rules if not rule.get("once"))
+        try:                                # in one step: no reader meets half a file
+            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            handle, draft = tempfile.mkstemp(dir=os.path.dirname(self.path))    # 0600
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump(self.rules, file)
+            os.replace(draft, self.path)
+        except OSError as exc:
+            say(f"cannot keep what models refuse in {self.path}: {exc}")
+
+    async def insist(self, turn: Turn, full_id: Callable[[], str], message: Message,
+                     receipt: Receipt, play: Callable[[Turn], AsyncIterator[list[dict]]]
+                     ) -> AsyncIterator[list[dict]]:
+        """The bursts of events that `play` gives for a turn, which the caller folds into `message`.
+
+        Before its first event a turn is tried again: without what the model refuses, and once more
+        if a process died.
+        """
+        deaths, learned = 0, []
+        while True:
+            plan = self.apply(turn, full_id(), learned)
+            kept = features(plan)           # of what the caller said, and of what it sent back
+            lost = [name for name, feature in features(turn).items() if kept.get(name) != feature
+                    and name in {"thinking_blocks", *turn.said}]
+            receipt.ignored = sorted({*turn.ignored, *(turn.said.get(name, name) for name in lost)})
+            stream = play(plan)
+            try:
+                async for burst in stream:
+                    if learned and not message.start:       # the model takes it now
+                        self.learn(full_id(), learned)
+                    yield burst
+                return
+            except ApiError as error:
+                deaths += isinstance(error, Died)
+                rule = refusal_rule(plan, error.message) if error.status == 400 else None
+                if message.start or not (rule and len(learned) < REFUSAL_TRIES) and not (
+                        deaths == 1 and isinstance(error, Died)):
+                    raise
+                learned += [rule] if rule else []
+            finally:
+                await stream.aclose()
+
+
+
+# == 6. CLI protocol ===============================================================================
 # The words of the claude binary (stream-json and its control protocol): a launch as argv and
 # environment, a Turn as lines, its lines as events.  Pure: no process, no clock.  What it must not
 # do: change identity, billing or system fields of the CLI's requests.
@@ -1330,85 +1549,6 @@ def wire_schema(schema: Any) -> Any:
             {name: wire_schema(inner) for name, inner in value.items()}
             if word in SCHEMA_MAPS and isinstance(value, dict) else wire_schema(value)
             for word, value in schema.items() if word in SCHEMA_WORDS}
-
-
-# -- what a model may refuse: learned, not listed
-
-REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error message names it
-    "strict": r"^tools\.\d+\..*(not supported|strict)",
-    "thinking_blocks": r"messages\.\d.*thinking|thinking.{0,40}block|signature",
-    "temperature": r"\btemperature\b", "top_p": r"\btop_p\b", "top_k": r"\btop_k\b",
-    "stop_sequences": r"\bstop_sequences\b", "tool_choice": r"\btool_choice\b",
-    "effort": r"\beffort\b", "thinking": r"\bthinking\b"}
-VALUE = re.compile("hould|less than|greater than|not found|nvalid|shorter|longer|requires")
-
-
-def features(turn: Turn) -> dict[str, str]:
-    """What a turn sets that a model may refuse: a key of REFUSABLE -> the same with its value.
-
-    {"temperature": "temperature", "thinking": "thinking.disabled", "tool_choice": "tool_choice"};
-    "thinking.default" is what the CLI makes of a turn that says nothing.
-    """
-    found = {name: name for name in REFUSABLE if name in turn.fields}
-    found["thinking"] = "thinking." + turn.fields.get("thinking", {}).get("type", "default")
-    if turn.fields.get("effort"):
-        found["effort"] = "effort." + turn.fields["effort"]
-    if turn.fields.get("tool_choice", {}).get("type") in ("auto", "none"):
-        del found["tool_choice"]
-    if turn.strict:                         # these schemas' fault, not the model's
-        found["strict"] = "strict." + turn.strict
-    if any(b["type"] in THOUGHTS for m in turn.messages for b in m["content"]):
-        found["thinking_blocks"] = "thinking_blocks"
-    return found
-
-
-def without(turn: Turn, name: str) -> Turn:
-    """The turn without one of its features; of a forced choice remains what was not forced."""
-    fields = {k: v for k, v in turn.fields.items() if k != name}
-    if name == "tool_choice" and turn.fields[name].get(SINGLE):
-        fields[name] = {"type": "auto", SINGLE: True}
-    if name == "thinking" and name not in turn.fields:      # an old CLI with a newer model
-        fields[name] = {"type": "adaptive"}
-    messages = turn.messages
-    if name == "thinking_blocks":
-        kept = [[b for b in m["content"] if b["type"] not in THOUGHTS] for m in messages]
-        messages = tuple({**m, "content": blocks} for m, blocks in zip(messages, kept) if blocks)
-    tools = turn.tools
-    if name == "strict":
-        tools = tuple({k: v for k, v in tool.items() if k != "strict"} for tool in tools)
-    return replace(turn, fields=fields, messages=messages, tools=tools)
-
-
-def refusal_rule(turn: Turn, message: str) -> dict | None:
-    """What to drop, as an error message names it: {"drop": feature, "with": [features]}.
-
-    The first one named is dropped, the others that are set too are the condition; None if the
-    message names nothing that the turn sets, or only its size.
-    """
-    found = features(turn)
-    named = sorted((match.start(), order, name) for order, (name, pattern) in enumerate(
-        REFUSABLE.items()) for match in [re.search(pattern, message)] if match and name in found)
-    if "type.enabled" not in message and found["thinking"] == "thinking.default":
-        named = [entry for entry in named if entry[2] != "thinking"]
-    names = [name for _, _, name in named if "budget_tokens" not in message]
-    names = ["thinking_blocks"] if "thinking_blocks" in names else names
-    if not names or re.match(r"(tools|system)\.|messages\.", message) and names[0] in turn.fields:
-        return None                         # it speaks of something else
-    rule = {"drop": found[names[0]], "with": sorted(found[n] for n in names[1:])}
-    if "signature" in message:              # that is the history's fault, not the model's
-        return {**rule, "once": True}
-    return {**rule, "value": turn.fields.get(names[0])} if VALUE.search(message) else rule
-
-
-def with_thinking(turn: Turn, refused: list[str]) -> Turn:
-    """Sampling, a forced tool or a small output limit need thinking off, which the CLI turns on.
-    If the caller says nothing of it, it is switched off, unless the model refuses that."""
-    fields, wanted = turn.fields, {*SAMPLING, "tool_choice"} & set(features(turn))
-    small = fields.get("max_tokens", SMALL_OUTPUT) < SMALL_OUTPUT
-    if not (wanted or small) or "thinking" in fields or "effort" in fields or \
-            "thinking.disabled" in refused:
-        return turn
-    return replace(turn, fields={**fields, "thinking": {"type": "disabled"}})
 
 
 def initialize_request(turn: Turn) -> dict:
@@ -1498,12 +1638,6 @@ def fits_mcp(block: dict) -> bool:
             len(part.get("text", "")) for part in block["content"])
 
 
-def status_error(status: int, message: str, retry_after: int | None = None) -> ApiError:
-    """The ApiError for an upstream's HTTP status; unknown ones keep their number."""
-    kind = KIND_OF_STATUS.get(status, "invalid_request" if 400 <= status < 500 else "backend_error")
-    return ApiError(kind, message, status=status, retry_after=retry_after)
-
-
 def vendor_message(text: str) -> str:
     """The API's own message in the CLI's sentence about it.
 
@@ -1534,8 +1668,10 @@ class Reply:
     _answer = ""                            # id of the answer tool's call
     _answer_at = -1                         # and our index of its block
 
-    def __init__(self, turn: Turn, clock: Callable[[], float] = time.time) -> None:
-        self.turn, self._clock, self._strict = turn, clock, turn.schema is not None
+    def __init__(self, turn: Turn, clock: Callable[[], float] = time.time,
+                 who: str = "claude") -> None:
+        self.turn, self._who, self._clock = turn, who, clock
+        self._strict = turn.schema is not None
         self._names = {wire_name(tool["name"]): tool["name"] for tool in turn.tools}
         self._index: dict[int, int] = {}    # the CLI's index of a block -> ours
         self._held: list[dict] = []         # the answer's events, until the CLI validated them
@@ -1549,7 +1685,23 @@ class Reply:
             over = self.done or self.failed or line.get("parent_tool_use_id")
             return [] if over else self._feed(line) or []
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
-            raise Died(f"claude speaks another protocol: {exc!r}") from exc
+            raise Died(f"{self._who} speaks another protocol: {exc!r}") from exc
+
+    def told(self, event: dict) -> list[dict]:
+        """The events of an upstream's own event, where no CLI is in between: what it would say of
+        an error or an answer is said here."""
+        try:
+            if event["type"] == "error":
+                kind = KIND_OF_TYPE.get(event["error"].get("type"), "backend_error")
+                self.failed = ApiError(kind, str(event["error"].get("message")))
+            events = self.feed({"type": "stream_event", "event": event})
+            if event["type"] == "message_stop" and not self.done:
+                verdict = {"content": [{"tool_use_id": self._answer}]}
+                events += self.feed({"type": "user", "message": verdict} if self._answer else
+                                    {"type": "result"})
+            return events
+        except (Died, KeyError, TypeError, AttributeError) as exc:
+            raise ApiError("backend_error", str(exc)) from None
 
     def _feed(self, line: dict) -> list[dict] | None:
         kind, word = line.get("type"), line.get("subtype")
@@ -1588,7 +1740,7 @@ class Reply:
         if kind == "message_start":
             self._starts += 1
             if self._blocks and not (self._strict and self._closing):
-                self.failed = Died("claude began its answer again after an error")
+                self.failed = Died(f"{self._who} began its answer again after an error")
             elif self._starts > ANSWER_TRIES:
                 self.failed = ApiError("backend_error", "the model gives no JSON for the schema")
             self._closing, self._index, self._texts = {}, {}, []
@@ -1676,7 +1828,7 @@ class Reply:
     def _failure(self, line: dict) -> ApiError:
         """Why the turn ended without a whole message, in the API's own words."""
         if not line.get("is_error") and not self._problem:
-            return ApiError("backend_error", "claude ended the turn without an answer"
+            return ApiError("backend_error", f"{self._who} ended the turn without an answer"
                             + " that matches the schema" * self._strict)
         content = (self._problem.get("message") or {}).get("content") or [{}]
         text = content[0].get("text") or line.get("result") or "; ".join(line.get("errors") or [])
@@ -1687,7 +1839,7 @@ class Reply:
                             self.retry_after or None if status in (429, 529) else None)
 
 
-# == 6. Store ======================================================================================
+# == 7. Store ======================================================================================
 # What outlives the process: stored responses, in sqlite, in the state directory.  One thread does
 # all the work, so the loop never waits for a disk.  Knows rows and items, not what they say.
 # To change a table: one more entry in MIGRATIONS.
@@ -1877,7 +2029,49 @@ class Store:
         self._thread.shutdown()
 
 
-# == 7. Claude =====================================================================================
+# == 8. Access =====================================================================================
+# Who may call, from where.  Pure.  A web page must not reach the CLI: neither by a name that it
+# rebinds to loopback (Host) nor from another origin (Origin), and its forms are no JSON.
+
+def host_name(host: str) -> str:
+    """The name of a Host field:  "LocalHost:8082" -> "localhost",  "[::1]:80" -> "::1"."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]@/\s]*))(?::\d{0,5})?", host)
+    return ((found.group(1) or found.group(2)) if found else "").lower().rstrip(".")
+
+
+def is_loopback(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def check_host(host: str, local_address: str, allowed: list[str]) -> None:
+    """Loopback names, the address that the connection came in on, and configured names."""
+    name, known = host_name(host), {local_address, *map(host_name, allowed)} - {""}
+    if not name or not (is_loopback(name) or name in known or "*" in allowed):
+        raise ApiError("forbidden", f"Host {host[:100]!r} is not answered; see --allow-hosts")
+
+
+def check_origin(origin: str, host: str, allowed: list[str]) -> bool:
+    """True if the browser origin is configured (CORS applies); False if it is our own page's."""
+    if origin.lower() in [entry.lower().rstrip("/") for entry in allowed] or "*" in allowed:
+        return True
+    if origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
+        raise ApiError("forbidden", f"origin {origin[:100]!r} may not call; see --allow-origins")
+    return False
+
+
+def check_key(headers: Mapping[str, str], key: str) -> str:
+    """The caller's name: "" where no key is set, else a digest of the key that it sent."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    sent = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
+    if key and not any([hmac.compare_digest(s.encode("latin-1"), key.encode()) for s in sent]):
+        raise ApiError("invalid_api_key", "a valid key is needed: Authorization: Bearer KEY, or "
+                       "x-api-key: KEY")
+    return hashlib.sha256(key.encode()).hexdigest()[:16] if key else ""
+
+
+# == 9. Claude =====================================================================================
 # One process's life: spawn, control exchange, pump, one turn at a time, death.  Knows lines, not
 # conversations: who may talk to it and when it has to go is decided in the next room.
 
@@ -2152,27 +2346,16 @@ class Claude:
         await asyncio.wait(self._tasks, timeout=1)
 
 
-# == 8. Conversations ==============================================================================
+# == 10. Conversations =============================================================================
 # Owner of every process: spares, live and parked conversations, matching, rebuilding, caps and
 # eviction.  A live process only saves time: what is gone is rebuilt from the caller's history.
 
-REFUSAL_TRIES = 4               # parameters dropped for one request, at most
-REFUSAL_DAYS = 30               # then a model is asked again: vendors lift restrictions, too
 # A busy process plays its turn out when its input ends.  If the proxy is killed, this reads the end
 # of its own input, in the background of a shell that is gone, and kills the groups that are left.
 WATCHDOG = """exec 3<&0; awk '/^-/ {delete left[substr($0, 2)]; next} {left[$0]}
 END {for (pid in left) system("kill -9 -" pid)}' <&3 3<&- &"""
 CLAUDE_PLACES = ("~/.claude/local", "~/.local/bin", "~/.npm-global/bin", "~/.bun/bin",
                  "~/.volta/bin", "/opt/homebrew/bin", "/usr/local/bin")
-
-
-@dataclass
-class Receipt:
-    """How a turn was served, for the response's head and the log."""
-    caller: str = ""
-    conversation: str = ""                  # new, continued or rebuilt
-    ignored: list[str] = field(default_factory=list)
-    cost: float | None = None               # US dollars, if the CLI said it
 
 
 async def find_claude(wanted: str) -> tuple[list[str], str]:
@@ -2255,52 +2438,6 @@ def digest_chain(turn: Turn, caller: str, model: str) -> list[bytes]:
     return chain
 
 
-class Refusals:
-    """What each model has refused; kept in the state directory, so it is met only once."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.rules = path, {}            # model -> [{"drop", "with", "at"}]
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError,
-                                 RecursionError):
-            with open(path, encoding="utf-8") as file:
-                oldest = time.time() - REFUSAL_DAYS * 86400
-                self.rules = {model: [r for r in rules if r["at"] > oldest and r["drop"]
-                                      and all(isinstance(name, str) for name in r["with"])]
-                              for model, rules in json.load(file).items()}
-
-    def apply(self, turn: Turn, model: str, more: list[dict]) -> Turn:
-        """The turn without what the model is known to refuse, and without `more`."""
-        rules = self.rules.get(model, []) + more
-        turn = with_thinking(turn, [rule["drop"] for rule in rules if not rule["with"]])
-        for rule in rules:
-            found = features(turn)
-            for name in [n for n, feature in found.items() if feature == rule["drop"]]:
-                same = rule.get("value") in (None, turn.fields.get(name))
-                if same and {*rule["with"]} <= {*found.values()}:
-                    turn = without(turn, name)
-        return turn
-
-    def learn(self, model: str, rules: list[dict]) -> None:
-        """Remember rules that have helped."""
-        self.rules.setdefault(model, []).extend(
-            {**rule, "at": int(time.time())} for rule in rules if not rule.get("once"))
-        try:                                # in one step: no reader meets half a file
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=os.path.dirname(self.path))    # 0600
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(self.rules, file)
-            os.replace(draft, self.path)
-        except OSError as exc:
-            say(f"cannot keep what models refuse in {self.path}: {exc}")
-
-
-def state_dir(settings: Settings) -> str:
-    """Where this user's programs keep state:  ~/.local/state/ccproxy  on Linux."""
-    home = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Application Support"}.get(
-        sys.platform, os.environ.get("XDG_STATE_HOME") or "~/.local/state")
-    return settings.state_dir or os.path.join(os.path.expanduser(home or "~"), "ccproxy")
-
-
 class Conversations:
     """The chat backend: events(turn) from a process that stands at the turn's history."""
 
@@ -2318,6 +2455,7 @@ class Conversations:
         self._full_ids: dict[str, str] = {}         # model value -> full id
         self._wanted = Turn(settings.model)         # what was asked for last, without messages
         self._undecided: set[Reply] = set()         # turns before their first delta
+        self._asleep = settings.backend != "chat"   # no spares until somebody asks for the CLI
         self._waiting = self._failures = 0          # requests in line; spares that died early
         self._closers: set[asyncio.Task] = set()
         self._watchdog: subprocess.Popen | None = None
@@ -2381,49 +2519,22 @@ class Conversations:
         What --models maps comes first (names, then patterns); "anthropic/claude-x" -> "claude-x";
         what the CLI knows and full Claude ids as they are; anything else is the default model.
         """
-        table, name = self.settings.models, asked.rpartition("/")[2]
-        hits = [key for key in table if key in (asked, name)] + [
-            key for key in table if fnmatch.filter((asked, name), key)]
-        pattern = r"(opus|sonnet|haiku|fable|claude-[\w.@:-]{1,100})(\[1m\])?"
+        name = asked.rpartition("/")[2]
+        pattern = rf"({'|'.join(FAMILIES)}|claude-[\w.@:-]{{1,100}})(\[1m\])?"
         known = name in {m.get("value") for m in self.models} - {"default"}
         own = name if known or re.fullmatch(pattern, name) else self.settings.model
-        return table[hits[0]] if hits else own
+        return mapped_model(self.settings.models, asked) or own
 
     def _full_id(self, model: str) -> str:
         return self._full_ids.get(model) or model
 
     # -- a turn
 
-    async def events(self, turn: Turn, message: Message, receipt: Receipt
-                     ) -> AsyncIterator[list[dict]]:
-        """Bursts of events of exactly one message, which the caller folds into `message`.
-
-        Before its first event a turn is tried again: without what the model refuses, and once on
-        a new process if the first one died.
-        """
-        model, deaths, learned = self.resolve(turn.model), 0, []
-        while True:
-            plan = self.refusals.apply(turn, self._full_id(model), learned)
-            kept = features(plan)           # of what the caller said, and of what it sent back
-            lost = [name for name, feature in features(turn).items() if kept.get(name) != feature
-                    and name in {"thinking_blocks", *turn.said}]
-            receipt.ignored = sorted({*turn.ignored, *(turn.said.get(name, name) for name in lost)})
-            stream = self._play(plan, model, message, receipt)
-            try:
-                async for burst in stream:
-                    if learned and not message.start:       # the model takes it now
-                        self.refusals.learn(self._full_id(model), learned)
-                    yield burst
-                return
-            except ApiError as error:
-                deaths += isinstance(error, Died)
-                rule = refusal_rule(plan, error.message) if error.status == 400 else None
-                if message.start or not (rule and len(learned) < REFUSAL_TRIES) and not (
-                        deaths == 1 and isinstance(error, Died)):
-                    raise
-                learned += [rule] if rule else []
-            finally:
-                await stream.aclose()
+    def events(self, turn: Turn, message: Message, receipt: Receipt) -> AsyncIterator[list[dict]]:
+        """Bursts of events of exactly one message, which the caller folds into `message`."""
+        model = self.resolve(turn.model)
+        return self.refusals.insist(turn, lambda: self._full_id(model), message, receipt,
+                                    lambda plan: self._play(plan, model, message, receipt))
 
     async def _play(self, turn, model, message, receipt) -> AsyncIterator[list[dict]]:
         """One try of a turn on one process, which is kept if it stands clean behind it."""
@@ -2534,6 +2645,7 @@ class Conversations:
 
     async def _fresh(self, profile: bytes, model: str) -> Claude:
         """A process without a history: a spare, or a new one; waits in line at the cap."""
+        self._asleep = False
         await self.command()
         ready = sorted((s for s in self.spares if s.alive and self._suits(s, profile, model)),
                        key=lambda s: (s.profile is None, s.model != model, s.born))
@@ -2624,6 +2736,8 @@ class Conversations:
 
     async def _refill(self) -> None:
         """One blank spare, the others initialised ahead for what was asked for last."""
+        if self._asleep:
+            return
         model, most = self._wanted.model, self.settings.max_processes
         profile = profile_digest(self._wanted)
         for spare in list(self.spares):     # made for what is asked no more
@@ -2660,49 +2774,760 @@ class Conversations:
                 self._close(claude)
 
 
-# == 9. Access =====================================================================================
-# Who may call, from where.  Pure.  A web page must not reach the CLI: neither by a name that it
-# rebinds to loopback (Host) nor from another origin (Origin), and its forms are no JSON.
+# == 11. Upstream ==================================================================================
+# The upstream HTTP API: credentials, connections that are kept, exchanges in threads of their own
+# (urllib), and the api backend, which gives a Turn's events as the CLI would.  Knows no client's
+# socket.  Only the configured host is ever connected to; redirects are passed on, not followed.
 
-def host_name(host: str) -> str:
-    """The name of a Host field:  "LocalHost:8082" -> "localhost",  "[::1]:80" -> "::1"."""
-    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]@/\s]*))(?::\d{0,5})?", host)
-    return ((found.group(1) or found.group(2)) if found else "").lower().rstrip(".")
-
-
-def is_loopback(name: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(name).is_loopback
-    return name == "localhost" or name.endswith(".localhost")
-
-
-def check_host(host: str, local_address: str, allowed: list[str]) -> None:
-    """Loopback names, the address that the connection came in on, and configured names."""
-    name, known = host_name(host), {local_address, *map(host_name, allowed)} - {""}
-    if not name or not (is_loopback(name) or name in known or "*" in allowed):
-        raise ApiError("forbidden", f"Host {host[:100]!r} is not answered; see --allow-hosts")
-
-
-def check_origin(origin: str, host: str, allowed: list[str]) -> bool:
-    """True if the browser origin is configured (CORS applies); False if it is our own page's."""
-    if origin.lower() in [entry.lower().rstrip("/") for entry in allowed] or "*" in allowed:
-        return True
-    if origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
-        raise ApiError("forbidden", f"origin {origin[:100]!r} may not call; see --allow-origins")
-    return False
-
-
-def check_key(headers: Mapping[str, str], key: str) -> str:
-    """The caller's name: "" where no key is set, else a digest of the key that it sent."""
-    scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    sent = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
-    if key and not any([hmac.compare_digest(s.encode("latin-1"), key.encode()) for s in sent]):
-        raise ApiError("invalid_api_key", "a valid key is needed: Authorization: Bearer KEY, or "
-                       "x-api-key: KEY")
-    return hashlib.sha256(key.encode()).hexdigest()[:16] if key else ""
+ANTHROPIC = "https://api.anthropic.com"
+API_VERSION = "2023-06-01"      # header anthropic-version
+OAUTH_BETA = "oauth-2025-04-20"             # header anthropic-beta of requests with a login's token
+OAUTH_NOTE = ("--oauth: the CLI's own login is sent upstream for every caller; the vendor's terms "
+              "may forbid that, see README")
+MAX_OUTPUT = 32_000             # max_tokens where a caller says none; the API needs one
+PIECE = 64 * 1024               # bytes read at once
+AHEAD = 256 * 1024              # bytes read before the client has taken them
+FRAME_LIMIT = 64 * 2**20        # bytes of one event
+ERROR_LIMIT = 256 * 1024        # bytes of an error's body that are looked at
+LINK_TTL = 60.0                 # seconds an idle connection is kept
+MODELS_TTL = 3600.0             # seconds that the upstream's list of models is believed
+HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te",
+              "proxy-connection", "trailer", "transfer-encoding", "upgrade"}    # RFC 9110, 7.6.1
+NOT_UPSTREAM = {*HOP_BY_HOP, "host", "content-length", "expect", "x-api-key", "authorization",
+                "cookie", "origin", "referer"}
+FAULTS = {      # class of an exception -> kind of error, what happened
+    "timeout": ("timeout", "it was silent for too long"),               # Python 3.9
+    "TimeoutError": ("timeout", "it was silent for too long"),
+    "gaierror": ("backend_error", "its name cannot be resolved"),
+    "ConnectionRefusedError": ("backend_error", "it refuses connections"),
+    "SSLCertVerificationError": ("backend_error", "its certificate is not trusted (see "
+                                 "--upstream-ca)"),
+    "SSLError": ("backend_error", "TLS fails"),
+    "IncompleteRead": ("backend_error", "its answer broke off"),
+    "BadStatusLine": ("backend_error", "it speaks no HTTP"),
+    "RemoteDisconnected": ("backend_error", "it ended the connection without an answer"),
+    "ConnectionError": ("backend_error", "the connection broke"),
+    "Exception": ("backend_error", "it fails")}
 
 
-# == 10. Server ====================================================================================
+class Credential(NamedTuple):
+    """What is sent upstream for a caller."""
+    headers: dict[str, str]
+    kind: str                   # "API key", "login", ...
+    source: str                 # where it was found
+    expires: float | None = None            # Unix seconds, if it says so
+
+
+def own_credential(headers: Mapping[str, str]) -> Credential | None:
+    """A caller's own credential for Anthropic: keys and tokens of theirs begin with sk-ant-."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    key = headers.get("x-api-key", "")
+    if key.startswith("sk-ant-"):
+        return Credential({"x-api-key": key}, "API key", "the caller")
+    if scheme.lower() != "bearer" or not token.strip().startswith("sk-ant-"):
+        return None
+    if token.strip().startswith("sk-ant-oat"):
+        return Credential({"authorization": headers["authorization"]}, "login", "the caller")
+    return Credential({"x-api-key": token.strip()}, "API key", "the caller")
+
+
+class Credentials:
+    """What to send upstream.  The CLI alone logs in, refreshes and writes; we read, if --oauth."""
+
+    def __init__(self, settings: Settings, base: str) -> None:
+        self.settings, self._seen, self._login = settings, None, None
+        self._strange = base != ANTHROPIC       # a gateway knows its own callers' keys
+
+    def find(self, sent: Mapping[str, str]) -> Credential | None:
+        """The first that is there.  ApiError invalid_api_key if the CLI's login has expired."""
+        if self.settings.api_key:           # what callers send is for us
+            return self.configured()
+        passed = {name: sent[name] for name in ("x-api-key", "authorization") if name in sent}
+        return own_credential(sent) or self.configured() or (Credential(
+            passed, "credential", "the caller") if passed and self._strange else None)
+
+    def configured(self) -> Credential | None:
+        """The proxy's own credential, from the environment or the CLI's file."""
+        names = {"ANTHROPIC_API_KEY": "API key", "ANTHROPIC_AUTH_TOKEN": "token"}
+        names.update({"CLAUDE_CODE_OAUTH_TOKEN": "login"} if self.settings.oauth else {})
+        for name, kind in names.items():
+            value = os.environ.get(name, "").strip()
+            if re.fullmatch(r"[\x21-\x7e]+", value):
+                return Credential({"x-api-key": value} if kind == "API key" else
+                                  {"authorization": f"Bearer {value}"}, kind, name)
+        login = self.login() if self.settings.oauth else None
+        if login and login.expires is not None and login.expires < time.time():
+            when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(login.expires))
+            raise ApiError("invalid_api_key", f"the CLI's login expired at {when}; run `claude "
+                           "auth login`, or `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN")
+        return login
+
+    def login(self) -> Credential | None:
+        """The login in the CLI's credentials file; read again only once the file has changed."""
+        folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+        path = os.path.join(folder, ".credentials.json")
+        try:
+            told = os.stat(path)
+            seen = path, told.st_mtime_ns, told.st_size, told.st_ino
+            if seen != self._seen:
+                with open(path, encoding="utf-8") as file:
+                    login = json.load(file)["claudeAiOauth"]
+                token, until = str(login["accessToken"]), login.get("expiresAt")
+                self._login = None if not re.fullmatch(r"[\x21-\x7e]+", token) else Credential(
+                    {"authorization": f"Bearer {token}"}, "login", path,
+                    until / 1000 if isinstance(until, (int, float)) else None)
+                self._seen = seen
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self._seen = self._login = None     # not there, or half written
+        return self._login
+
+
+def upstream_headers(sent: Mapping[str, str], credential: Credential | None) -> dict[str, str]:
+    """A caller's end-to-end headers, with the credential in place of what it sent itself."""
+    dropped = NOT_UPSTREAM | {name.strip().lower() for name in sent.get(
+        "connection", "").split(",")}
+    kept = {name: value for name, value in sent.items()
+            if name not in dropped and not name.startswith(("x-cc-", "sec-"))}
+    kept.update(credential.headers if credential else {})
+    if credential and credential.kind == "login":
+        betas = kept.get("anthropic-beta", "")
+        if OAUTH_BETA not in betas:
+            kept["anthropic-beta"] = ",".join(filter(None, (betas, OAUTH_BETA)))
+    return kept
+
+
+def own_headers(sent: Mapping[str, str]) -> dict[str, str]:
+    """Of a request that is made here for a caller: its credential, and what it says to the API."""
+    kept = {name: value for name, value in sent.items()
+            if name in ("x-api-key", "authorization") or name.startswith("anthropic-")}
+    return {"anthropic-version": API_VERSION, **kept, "content-type": "application/json",
+            "user-agent": f"ccproxy/{__version__}"}
+
+
+def end_to_end(own: Mapping[str, str], told: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The headers of a relayed answer: the upstream's, and ours that it does not have."""
+    dropped = {*HOP_BY_HOP, "content-length"}
+    for name, value in told:
+        dropped |= {word.strip().lower() for word in value.split(",")
+                    } if name.lower() == "connection" else set()
+    if "Access-Control-Allow-Origin" in own:
+        dropped |= {name.lower() for name in own if name.startswith("Access-Control-")}
+    kept = [(name, value) for name, value in told if name.lower() not in dropped]
+    theirs = {name.lower() for name, _ in kept}
+    return [(name, value) for name, value in own.items() if name.lower() not in theirs] + kept
+
+
+def safe_path(raw: str) -> str:
+    """A raw path if it can only mean what it says, however often it is decoded; else ApiError."""
+    said = urllib.parse.unquote(urllib.parse.unquote(raw))
+    if not raw.startswith("/") or "\\" in said or re.search(r"//|/\.{1,2}(/|\Z)|[\x00-\x1f\x7f]",
+                                                            said):
+        raise ApiError("invalid_request", "path: empty, dot and odd segments are not passed on")
+    return raw
+
+
+def upstream_fault(exc: BaseException, host: str) -> ApiError:
+    """Why an exchange failed, by FAULTS; statuses 502 and 504."""
+    if isinstance(exc, ApiError):
+        return exc
+    kind, what = next(FAULTS[base.__name__] for base in type(exc).__mro__
+                      if base.__name__ in FAULTS)
+    return ApiError(kind, f"upstream {host}: {what}" + (f": {exc}"[:300] if str(exc) else ""))
+
+
+class Frames:
+    """The events of an SSE stream (HTML standard, 9.2), whatever pieces it comes in."""
+
+    def __init__(self) -> None:
+        self._held: list[bytes] = []        # of the unfinished frame
+        self._size, self._edge = 0, b""     # bytes of it; its last ones
+
+    def feed(self, data: bytes) -> list[dict]:
+        """The events that end in this piece.  ApiError if one is no JSON object."""
+        edge = self._edge + data
+        self._held.append(data)
+        self._size, self._edge = self._size + len(data), edge[-3:]
+        if self._size > FRAME_LIMIT:
+            raise ApiError("backend_error", "upstream: an event is too large")
+        if not re.search(rb"\n\r?\n", edge):
+            return []
+        *frames, rest = re.split(rb"\r?\n\r?\n", b"".join(self._held))
+        self._held, self._size, self._edge = [rest], len(rest), rest[-3:]
+        return list(filter(None, map(self._event, frames)))
+
+    @staticmethod
+    def _event(frame: bytes) -> dict | None:
+        data = b"\n".join(line[5:].strip() for line in frame.split(b"\n")
+                          if line.startswith(b"data:"))
+        if not data or data == b"[DONE]":
+            return None
+        try:
+            event = json.loads(data)
+            return event if event["type"] else None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ApiError("backend_error", "upstream: an event is no JSON object: "
+                           + data[:100].decode("utf-8", "replace")) from None
+
+
+class Tap:
+    """What the log wants of a relayed answer (model, usage, stop reason), read from its two ends
+    alone; its middle is neither decoded nor kept."""
+    KEPT = 16 * 1024            # bytes of each end
+
+    def __init__(self, coding: str) -> None:
+        self._head = self._tail = b""
+        self._plain = None
+        if coding in ("gzip", "deflate"):
+            import zlib
+            self._plain = zlib.decompressobj(47)        # of either kind, by its first bytes
+        self._blind = coding not in ("", "identity", "gzip", "deflate")
+
+    def feed(self, data: bytes) -> None:
+        if self._blind:
+            return
+        if self._plain:
+            try:
+                data = self._plain.decompress(data, 16 * PIECE)
+                self._blind = bool(self._plain.unconsumed_tail)
+            except Exception:               # zlib.error: it is the client's to complain
+                self._blind = True
+        if len(self._head) < self.KEPT:
+            self._head += data[:self.KEPT - len(self._head)]
+        self._tail = (self._tail + data)[-self.KEPT:] if len(data) < self.KEPT else (
+            data[-self.KEPT:])
+
+    def message(self) -> Message:
+        """A message without content, as far as it was told."""
+        message = Message("", "", 0)
+        model = re.search(rb'"model"\s*:\s*"([^"\\]{1,200})"', self._head)
+        message.start = {"model": model.group(1).decode("utf-8", "replace")} if model else {}
+        for text, at in ((self._head, self._head.find(b'"usage"')),
+                         (self._tail, self._tail.rfind(b'"usage"'))):
+            found = re.compile(rb'"usage"\s*:\s*').match(text, max(at, 0))
+            with contextlib.suppress(ValueError, RecursionError):
+                told = text[found.end() if found else len(text):].decode("utf-8", "replace")
+                usage, _ = json.JSONDecoder().raw_decode(told)
+                message.usage.update(usage if isinstance(usage, dict) else {})
+        reason = re.findall(rb'"stop_reason"\s*:\s*"(\w{1,40})"', self._tail)
+        message.stop_reason = reason[-1].decode() if reason else None
+        return message
+
+
+class Exchange:
+    """One request upstream and its answer, in a thread of its own while it lasts.
+
+    On the loop: open(), then read() until b"", and close() in any case, which ends the connection
+    unless the answer was read to its end.
+    """
+
+    def __init__(self, upstream: Upstream, method: str, target: str, headers: Mapping[str, str],
+                 body: bytes, wait_s: float) -> None:
+        self.upstream, self.method, self.target, self.body = upstream, method, target, body
+        self.request_headers, self.wait_s = headers, wait_s
+        self.status, self.headers = 0, []       # of the answer: pairs, in order
+        self.length: int | None = None          # of its body, if it said one
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Future | None = None
+        self._lock, self._room = threading.Lock(), threading.Event()
+        self._pieces: list[bytes] = []          # read, and not taken yet
+        self._held, self._told = 0, False
+        self._over = self.closed = False
+        self._error: ApiError | None = None
+        self.link: Any = None                   # the connection, until it is given back
+        self._sock: Any = None
+
+    # -- in its thread
+
+    def run(self) -> None:
+        error = None
+        try:
+            self._receive(self.upstream.links.send(self, self.upstream.base + self.target))
+        except Exception as exc:
+            error = upstream_fault(exc, self.upstream.host)
+        with self._lock:
+            self._over, self._error, self._sock = True, error, None
+        if self.link:
+            self.link.close()
+        self.upstream.exchanges.discard(self)
+        self._tell()
+
+    def own(self, sock: Any) -> None:
+        """From now on close() ends this socket.  ConnectionError if it has been called already."""
+        with self._lock:
+            if self.closed:
+                raise ConnectionAbortedError("nobody waits for it")
+            self._sock = sock
+
+    def _receive(self, response: Any) -> None:
+        import http.client
+        left = response.length              # None: until its last chunk, or the connection's end
+        whole = left is not None and left <= PIECE      # short: its head can wait for it
+        said = response.headers.get("content-length", "")
+        bare = self.method == "HEAD" or response.status in (204, 304)
+        self.length = left if not bare else int(said) if re.fullmatch("[0-9]{1,18}", said) else None
+        head = [(name, value) for name, value in response.headers.items()]
+        if left is None and not response.chunked:       # or half a head would pass for an answer
+            self._put(response.read1(PIECE))
+            if not self._pieces:
+                raise http.client.RemoteDisconnected("no body, and no length of it")
+        if response.headers.get("content-type", "").startswith("text/event-stream"):
+            self._sock.settimeout(self.upstream.settings.stall_timeout)
+        if not whole:
+            self.headers, self.status = head, response.status
+            self._tell()
+        while left != 0:
+            data = response.read1(PIECE if left is None else min(left, PIECE))
+            if not data:
+                break
+            left = None if left is None else left - len(data)
+            self._put(data)
+        if left:
+            raise http.client.IncompleteRead(b"", left)
+        response.close()
+        with self._lock:
+            if not response.will_close and not self.closed:
+                self.upstream.links.put(self.link)
+                self._sock = self.link = None
+        self.headers, self.status = head, response.status
+
+    def _put(self, data: bytes) -> None:
+        """Hand on a piece; wait if too much of what came before was not taken yet."""
+        self._room.clear()
+        with self._lock:
+            self._pieces += [data] if data else []
+            self._held += len(data)
+        if self.status:
+            self._tell()
+        while self._held > AHEAD and not self.closed:
+            self._room.wait(1)
+        if self.closed:
+            raise ConnectionAbortedError("nobody waits for it")
+
+    def _tell(self) -> None:
+        """Wake the loop, once for all that it has not looked at."""
+        with self._lock:
+            told, self._told = self._told, True
+        if not told:
+            with contextlib.suppress(RuntimeError):     # the loop is closed
+                self._loop.call_soon_threadsafe(self._wake)
+
+    # -- on the loop
+
+    def _wake(self) -> None:
+        if self._news and not self._news.done():
+            self._news.set_result(None)
+
+    async def _wait(self) -> None:
+        """Until something has come that was not looked at."""
+        while not self._told:
+            self._news = self._loop.create_future()
+            await self._news
+
+    async def open(self) -> None:
+        """Wait for the answer's head.  ApiError if there is none."""
+        await self._wait()
+        if self._error and not self.status:
+            raise self._error
+
+    async def read(self) -> bytes:
+        """What has come since, in one piece; b"" at its end.  ApiError if it broke off."""
+        while True:
+            await self._wait()
+            with self._lock:
+                self._told = self._over
+                pieces, self._pieces, self._held = self._pieces, [], 0
+            self._room.set()
+            if pieces:
+                return b"".join(pieces)
+            if self._error:
+                raise self._error
+            if self._over:
+                return b""
+
+    @property
+    def ready(self) -> bool:
+        """Whether read() has something to give at once."""
+        return bool(self._pieces) or self._over
+
+    async def read_all(self, limit: int) -> bytes:
+        """The answer's body, as far as the limit."""
+        pieces, size, data = [], 0, b"-"
+        while data and size < limit:
+            data = await self.read()
+            pieces.append(data)
+            size += len(data)
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        with self._lock:
+            self.closed, sock = True, self._sock
+        self._room.set()
+        if sock is not None:                # wakes the thread that waits for it
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+class Links:
+    """Connections that are kept for the next exchange: a handler of urllib's, which leaves the
+    proxies of the environment to urllib's own.  All of it runs in the threads of exchanges."""
+    handler_order = 500         # behind ProxyHandler
+
+    def __init__(self, settings: Settings, base: str) -> None:
+        self.settings, self._lock = settings, threading.Lock()
+        self._base, self._idle = urllib.parse.urlsplit(base), deque()       # (since, link)
+        self._director: Any = None
+        self.context: Any = None            # of TLS
+
+    def prepare(self) -> Any:
+        """What opens requests, made at the first.  OSError if --upstream-ca cannot be used."""
+        with self._lock:
+            if self._director is None:
+                import urllib.request       # 35 ms and 5 MB that others save
+                if self._base.scheme == "https":
+                    import ssl
+                    self.context = ssl.create_default_context()
+                    if self.settings.upstream_ca:
+                        self.context.load_verify_locations(self.settings.upstream_ca)
+                    self.context.set_alpn_protocols(["http/1.1"])
+                director = urllib.request.OpenerDirector()
+                director.add_handler(urllib.request.ProxyHandler())
+                director.add_handler(self)
+                self._director = director
+            return self._director
+
+    def send(self, exchange: Exchange, url: str) -> Any:
+        """Send an exchange's request: the response, whose head has come."""
+        director = self.prepare()
+        request = sys.modules["urllib.request"].Request(url, method=exchange.method)
+        request.exchange = exchange
+        return director.open(request, timeout=self.settings.connect_timeout)
+
+    def add_parent(self, _: Any) -> None:
+        """urllib's word to a handler."""
+
+    def __lt__(self, other: Any) -> bool:
+        return self.handler_order < other.handler_order
+
+    def http_open(self, request: Any) -> Any:
+        """Send a request by a connection that is kept, or a new one.
+
+        Tried again once: if a kept one turns out to be dead before it has taken anything.
+        """
+        exchange, link = request.exchange, self._take()
+        added = {name.lower(): value for name, value in request.header_items()}     # of a proxy
+        headers = {**exchange.request_headers, **added, "host": self._base.netloc}
+        kept = link is not None
+        while True:
+            link = exchange.link = link or self._connect(request, exchange, headers)
+            try:
+                exchange.own(link.sock)
+                link.sock.settimeout(exchange.wait_s)
+                link.putrequest(exchange.method, request.selector, skip_host=True,
+                                skip_accept_encoding=True)
+                for name, value in headers.items():
+                    link.putheader(name, value)
+                if exchange.body or exchange.method in ("POST", "PUT", "PATCH"):
+                    link.putheader("content-length", str(len(exchange.body)))
+                link.endheaders()
+                break
+            except ConnectionError:
+                link.close()
+                if not kept or exchange.closed:
+                    raise
+                link, kept = None, False
+        if exchange.body:
+            link.send(exchange.body)
+        return link.getresponse()
+
+    https_open = http_open
+
+    def _connect(self, request: Any, exchange: Exchange, headers: dict[str, str]) -> Any:
+        import http.client
+        secure = request.type == "https"
+        name, port = (request.host, 443) if secure and not request._tunnel_host else (
+            request.host, 80)
+        link = http.client.HTTPConnection(name, None if re.search(r":\d+\Z", name) else port,
+                                          timeout=self.settings.connect_timeout)
+        if request._tunnel_host:
+            far = request._tunnel_host
+            word = headers.pop("proxy-authorization", None)
+            link.set_tunnel(far if re.search(r":\d+\Z", far) else far + ":443",
+                            headers={"Proxy-Authorization": word} if word else {})
+        link.connect()
+        if secure:
+            sock = self.context.wrap_socket(
+                link.sock, server_hostname=host_name(request._tunnel_host or request.host),
+                do_handshake_on_connect=False)
+            link.sock = sock
+            exchange.own(sock)
+            sock.do_handshake()
+        return link
+
+    def _take(self) -> Any:
+        """A kept connection that is still good: none that has ended, or says something unasked."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                since, link = self._idle.pop()
+            with contextlib.suppress(OSError):
+                link.sock.settimeout(0)
+                try:
+                    socket.socket.recv(link.sock, 1, socket.MSG_PEEK)
+                except BlockingIOError:
+                    if time.monotonic() - since < LINK_TTL:
+                        return link
+            link.close()
+
+    def put(self, link: Any) -> None:
+        with self._lock:
+            self._idle.append((time.monotonic(), link))
+
+    def expire(self, ttl_s: float) -> int:
+        """Close those that were not used for so long; how many are left."""
+        with self._lock:
+            while self._idle and time.monotonic() - self._idle[0][0] >= ttl_s:
+                self._idle.popleft()[1].close()
+            return len(self._idle)
+
+
+def upstream_refusal(status: int, headers: list[tuple[str, str]], body: bytes) -> ApiError:
+    """The ApiError for an answer that is none; its own words, be they JSON or a gateway's page."""
+    told = {name.lower(): value for name, value in headers}
+    wait = told.get("retry-after", "")
+    try:
+        message = json.loads(body)["error"]["message"] + ""
+    except (ValueError, TypeError, KeyError, RecursionError):
+        page = re.sub(r"<[^>]*>|[^\x21-\x7e]+", " ", body[:4096].decode("utf-8", "replace"))
+        message = f"the upstream answers {status} without JSON: {' '.join(page.split())[:200]}"
+    if status < 400:
+        message = (f"the upstream answers {status} {told.get('location', '')}, which is not followed "
+                   "here; see --upstream-url")
+        status = 502
+    retry_after = int(wait) if re.fullmatch(r"\d{1,6}", wait, re.ASCII) else None
+    return status_error(status, message, retry_after)
+
+
+def upstream_turn(turn: Turn) -> Turn:
+    """A turn as the API needs it said, so that all of it can be refused and learned: thinking for
+    effort; JSON for a schema by the API's own format, or by a tool if that was refused."""
+    fields = dict(turn.fields)
+    if "effort" in fields:
+        fields.setdefault("thinking", {"type": "adaptive"})
+    if turn.schema is not None:
+        fields["format"] = hashlib.sha256(encode_json(turn.schema)).hexdigest()[:16]
+        fields.setdefault("tool_choice", {"type": "any"} if turn.tools else
+                          {"type": "tool", "name": ANSWER})
+    return replace(turn, fields=fields)
+
+
+def cached(blocks: list[dict]) -> list[dict]:
+    """Blocks with a mark for the API's cache on the last one that takes it."""
+    at = max((n for n, block in enumerate(blocks) if block["type"] not in THOUGHTS), default=-1)
+    return [{**block, "cache_control": {"type": "ephemeral"}} if n == at else block
+            for n, block in enumerate(blocks)]
+
+
+def messages_request(turn: Turn, model: str) -> dict:
+    """The body of a streamed Messages request for a turn of upstream_turn.
+
+    What is likely to be asked again (tools, a conversation) is marked for the API's cache.
+    """
+    fields = {k: v for k, v in turn.fields.items() if k not in ("effort", "format")}
+    output = {"effort": turn.fields["effort"]} if "effort" in turn.fields else {}
+    tools, choice = wire_tools(turn), fields.pop("tool_choice", {})
+    if "name" in choice and "tool_choice" in turn.said:
+        choice = {**choice, "name": wire_name(choice["name"])}
+    if turn.schema is not None and "format" in turn.fields:
+        output["format"] = {"type": "json_schema", "schema": turn.schema}
+        choice = choice if "tool_choice" in turn.said else {}
+    elif turn.schema is not None:
+        tools.append({"name": ANSWER, "description": ANSWER_HELP, "input_schema": turn.schema})
+    messages = [{**message, "content": [
+        {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
+        for block in message["content"]]} for message in turn.messages]
+    called = {block["name"] for message in messages for block in message["content"]
+              if block["type"] == "tool_use"}
+    if called and not tools:                # the API wants to know the tools of a history
+        tools, choice = [{"name": name, "input_schema": {"type": "object"}}
+                         for name in sorted(called)], {"type": "none"}
+    system = [{"type": "text", "text": turn.system}] if turn.system.strip() else []
+    if tools or len(messages) > 1:
+        system = cached(system)
+        messages[-1] = {**messages[-1], "content": cached(messages[-1]["content"])}
+    budget = fields.get("thinking", {}).get("budget_tokens", 0)
+    return {"model": model, "max_tokens": budget + MAX_OUTPUT, "stream": True, **fields,
+            "messages": messages, **({"system": system} if system else {}),
+            **({"tools": tools} if tools else {}),
+            **({"output_config": output} if output else {}),
+            **({"tool_choice": choice} if choice and tools else {})}
+
+
+class Upstream:
+    """The api backend: exchanges, and the events of a Turn from the upstream's Messages API."""
+
+    def __init__(self, settings: Settings, refusals: Refusals) -> None:
+        self.settings, self.refusals = settings, refusals
+        self.base = settings.upstream_url or base_url(
+            os.environ.get("ANTHROPIC_BASE_URL", "")) or ANTHROPIC
+        self.host = urllib.parse.urlsplit(self.base).netloc
+        self.credentials = Credentials(settings, self.base)
+        self.links = Links(settings, self.base)
+        self.exchanges: set[Exchange] = set()       # whose thread is busy
+        self.models: list[dict] = []                # as the upstream lists them
+        self._listed = -math.inf                    # when it was asked for them
+        self._threads = ThreadPoolExecutor(settings.max_streams, "upstream")
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def exchange(self, method: str, target: str, headers: Mapping[str, str], body: bytes,
+                 wait_s: float) -> Exchange:
+        """Begin a request; its owner closes it.  ApiError if there are --max-streams already."""
+        if len(self.exchanges) >= self.settings.max_streams:
+            raise ApiError("rate_limit_exceeded", f"{self.settings.max_streams} requests are "
+                           "upstream already; try again, or raise --max-streams", retry_after=1)
+        exchange = Exchange(self, method, target, headers, body, wait_s)
+        self.exchanges.add(exchange)
+        self._threads.submit(exchange.run)
+        if self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(LINK_TTL, self._expire)
+        return exchange
+
+    def _expire(self) -> None:
+        left = self.links.expire(LINK_TTL) or self.exchanges
+        loop = asyncio.get_running_loop()
+        self._sweep = loop.call_later(LINK_TTL, self._expire) if left else None
+
+    def start(self) -> None:
+        """Say what an operator has to know.  ConfigError if --upstream-ca cannot be used."""
+        if self.settings.oauth:
+            say(OAUTH_NOTE)
+        if self.base.startswith("http:") and not is_loopback(host_name(self.host)):
+            say(f"warning: no TLS: credentials can be read on the way to {self.base}")
+        if self.settings.upstream_ca:
+            try:
+                self.links.prepare()
+            except OSError as exc:
+                raise ConfigError(f"upstream_ca: {self.settings.upstream_ca}: {exc}") from None
+        elif self.settings.backend == "api":
+            self._threads.submit(self.links.prepare)    # so the first request need not
+
+    async def stop(self) -> None:
+        for exchange in list(self.exchanges):
+            exchange.close()
+        if self._sweep:
+            self._sweep.cancel()
+        self.links.expire(0)
+        self._threads.shutdown(wait=False)
+
+    def headers(self, sent: Mapping[str, str]) -> dict[str, str]:
+        """What goes upstream of a caller's headers.  ApiError if no credential is there."""
+        credential = self.credentials.find(sent)
+        if credential is None and self.base == ANTHROPIC:
+            raise ApiError("invalid_api_key", "no credential for the upstream API: set "
+                           "ANTHROPIC_API_KEY, or send a key of your own; `ccproxy.py auth status` "
+                           "shows what is there")
+        return upstream_headers(sent, credential)
+
+    async def _ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> dict:
+        """A whole JSON answer.  ApiError if it is none."""
+        exchange = self.exchange(method, target, headers, body, self.settings.stall_timeout)
+        try:
+            await exchange.open()
+            data = await exchange.read_all(self.settings.max_body)
+            if exchange.status != 200:
+                raise upstream_refusal(exchange.status, exchange.headers, data)
+            answer = json.loads(data)
+            return answer if isinstance(answer, dict) else {}
+        except (ValueError, RecursionError):
+            raise ApiError("backend_error", f"upstream {self.host}: no JSON came") from None
+        finally:
+            exchange.close()
+
+    async def known_models(self, headers: Mapping[str, str]) -> list[dict]:
+        """The models that the upstream lists, the newest first; [] if it lists none."""
+        now = asyncio.get_running_loop().time()
+        if now - self._listed > (MODELS_TTL if self.models else 30):
+            self._listed = now
+            listed = (await self._ask("GET", "/v1/models?limit=1000", headers, b"")).get("data")
+            models = [m for m in listed if isinstance(m, dict) and isinstance(m.get("id"), str)
+                      ] if isinstance(listed, list) else []
+            self.models = sorted(models, key=lambda m: str(m.get("created_at")), reverse=True)
+        return self.models
+
+    async def resolve(self, asked: str, headers: Mapping[str, str]) -> str:
+        """The upstream's name for a model: what --models maps, ids as they are, of a family the
+        newest; anything else means the default model."""
+        default = self.settings.model if self.settings.model != "default" else "sonnet"
+        target = mapped_model(self.settings.models, asked) or asked.rpartition("/")[2]
+        for name in (re.sub(r"\[1m\]\Z", "", target), default):
+            if re.fullmatch(r"claude-[\w.@:-]{1,100}", name):
+                return name
+            try:
+                names = [m["id"] for m in await self.known_models(headers)]
+            except ApiError:                # a gateway without a list: it knows its names
+                return target
+            found = [known for known in names if known == name] or [
+                known for known in names if name in FAMILIES and name in known]
+            if found:
+                return found[0]
+        return target if not names else default
+
+    # -- a turn
+
+    async def events(self, turn: Turn, message: Message, receipt: Receipt,
+                     sent: Mapping[str, str]) -> AsyncIterator[list[dict]]:
+        """Bursts of events of exactly one message, for a caller whose headers are `sent`."""
+        headers = self.headers(own_headers(sent))
+        model = await self.resolve(turn.model, headers)
+        bursts = self.refusals.insist(upstream_turn(turn), lambda: f"{model} upstream", message,
+                                      receipt, lambda plan: self._play(plan, model, headers))
+        try:
+            async for events in bursts:
+                yield events
+        finally:
+            await bursts.aclose()
+
+    async def _play(self, turn: Turn, model: str, headers: Mapping[str, str]
+                    ) -> AsyncIterator[list[dict]]:
+        """One try of a turn; the upstream's events go through the same fold as the CLI's."""
+        reply, frames = Reply(replace(turn, schema=None) if "format" in turn.fields else turn,
+                              who="the upstream"), Frames()
+        exchange = self.exchange("POST", "/v1/messages", headers, encode_json(
+            messages_request(turn, model)), self.settings.stall_timeout)
+        try:
+            await exchange.open()
+            if exchange.status != 200:
+                raise upstream_refusal(exchange.status, exchange.headers,
+                                       await exchange.read_all(ERROR_LIMIT))
+            while not reply.done:
+                data = await exchange.read()
+                if not data:
+                    raise ApiError("backend_error", "the upstream's answer broke off")
+                events = [event for told in frames.feed(data) for event in reply.told(told)]
+                if reply.done:              # the caller folds before the end is told
+                    events.pop()
+                if events:
+                    yield events
+                if reply.failed:
+                    raise reply.failed
+            yield [{"type": "message_stop"}]
+            with contextlib.suppress(ApiError, asyncio.TimeoutError):     # to keep the connection
+                await asyncio.wait_for(exchange.read_all(PIECE), 0.5)
+        finally:
+            exchange.close()
+
+    async def count(self, turn: Turn, sent: Mapping[str, str]) -> int:
+        """Input tokens of a turn, as the upstream counts them."""
+        headers = self.headers(own_headers(sent))
+        model = await self.resolve(turn.model, headers)
+        plan = self.refusals.apply(upstream_turn(turn), f"{model} upstream", [])
+        body = {name: value for name, value in messages_request(plan, model).items() if name in (
+            "model", "messages", "system", "tools", "tool_choice", "thinking", "output_config")}
+        told = await self._ask("POST", "/v1/messages/count_tokens", headers, encode_json(body))
+        return need(told.get("input_tokens"), "upstream input_tokens", int)
+
+
+# == 12. Server ====================================================================================
 # Owner of every socket: connection loop, limits and deadlines, keep-alive, the client's end.
 # Knows bytes and requests, nothing of routes or models.
 
@@ -2831,32 +3656,43 @@ class Connection:
 
     # -- answers
 
-    def start(self, status: int, headers: Mapping[str, str], length: int | None = None) -> None:
+    def start(self, status: int, headers: Iterable[tuple[str, str]], length: int | None = None
+              ) -> None:
         """Begin an answer; without a length its body follows by write() and end()."""
-        self._chunked = length is None and self.request.minor > 0
-        self._keep = self._keep and self._body_read and (self._chunked or length is not None)
-        framing = {} if status == 204 else {"Transfer-Encoding": "chunked"} if self._chunked else (
-            {} if length is None else {"Content-Length": str(length)})
-        self.head_sent = True
-        self._head = response_head(status, {
-            "Date": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()), **headers, **framing,
-            "Connection": "keep-alive" if self._keep else "close"})
+        bare = status in (204, 304)
+        self._chunked = length is None and self.request.minor > 0 and not bare
+        self._keep = self._keep and self._body_read and (
+            self._chunked or length is not None or bare)
+        framing = [("Transfer-Encoding", "chunked")] if self._chunked else (
+            [("Content-Length", str(length))] if length is not None and status != 204 else [])
+        headers, self.head_sent = list(headers), True
+        if not any(name.lower() == "date" for name, _ in headers):
+            now = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+            headers.insert(0, ("Date", now))
+        self._head = response_head(status, [
+            *headers, *framing, ("Connection", "keep-alive" if self._keep else "close")])
 
     async def send(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
         """A whole answer; HEAD gets its head alone."""
-        self.start(status, headers, len(body))
+        self.start(status, headers.items(), len(body))
         silent = self.request is not None and self.request.method == "HEAD"
         self.writer.write(self._head if silent else self._head + body)
         await self.drain()
 
     def write(self, data: bytes) -> None:
-        """A piece of the body; the head goes with the first."""
-        framed = b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data
+        """A piece of the body; the head goes with the first, which may be empty."""
+        framed = b"%x\r\n%s\r\n" % (len(data), data) if self._chunked and data else data
         self.writer.write(self._head + framed)
         self._head = b""
 
+    def abort(self) -> None:
+        """End the connection at once: what was sent must not be taken for a whole answer."""
+        self._keep = False
+        self.writer.transport.abort()
+
     def end(self) -> None:
-        self.writer.write(b"0\r\n\r\n" if self._chunked else b"")
+        self.writer.write(self._head + (b"0\r\n\r\n" if self._chunked else b""))
+        self._head = b""
 
     async def drain(self) -> None:
         """Wait until the client has taken enough.  ConnectionError if it takes nothing for long."""
@@ -2864,7 +3700,7 @@ class Connection:
             try:
                 await asyncio.wait_for(self.writer.drain(), WRITE_TIMEOUT)
             except asyncio.TimeoutError:
-                self.writer.transport.abort()
+                self.abort()
                 raise ConnectionAbortedError("the client takes nothing") from None
 
     # -- the client's end
@@ -2885,7 +3721,7 @@ class Connection:
             if self.request is not request or self.writer.is_closing():
                 return
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.writer.transport.abort()
+                self.abort()
             elif self.head_sent and self.heartbeat:
                 self.heartbeat()
             elif request.minor and not self.head_sent:
@@ -2944,14 +3780,16 @@ class Server:
             await asyncio.sleep(0.02)
 
 
-# == 11. App =======================================================================================
+# == 13. App =======================================================================================
 # The only room that sees a dialect, a backend and a socket at once: authenticate, parse, open
-# events, fold and send, record.  Owner of a turn's deadline and the caller's identity.
+# events, fold and send, record; or pass on what is only relayed.  Owner of a turn's deadline and
+# the caller's identity.
 # To add a route: one row in ROUTES and a method of that name.
 
 ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> methods, work, dialect
     "/": ("GET", "about", ""), "/health": ("GET", "health", ""), "/healthz": ("GET", "health", ""),
     "/readyz": ("GET", "ready", ""), "/status": ("GET", "status", ""),
+    "/api/hello": ("GET", "health", ""),
     "/models": ("GET", "models", ""), "/models/": ("GET", "models", ""),
     "/chat/completions": ("POST", "answer", "chat"),
     "/messages": ("POST", "answer", "messages"),
@@ -2961,29 +3799,49 @@ ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> methods, w
     "/responses/": ("GET, DELETE", "stored", "responses"),
 }
 PUBLIC = ("about", "health", "ready")       # work that needs no key
-PREFIXES = ("chat",)            # backends that a path may name:  /chat/v1/messages
+PREFIXES = ("chat", "api")      # backends that a path may name:  /chat/v1/messages
+RELAY_METHODS = "GET, POST, PUT, PATCH, DELETE"
+PING = sse_frame({"type": "ping"}, "ping")
 
 
-def route_path(path: str) -> tuple[str, str]:
-    """The path as ROUTES knows it, and the name in it.  All of the ways to write a base URL work.
+def route_path(path: str) -> tuple[str, str, str]:
+    """The backend that a path names, the path as ROUTES knows it, and the name in it.  All of the
+    ways to write a base URL work.
 
-    /v1/messages, /messages, /v1/v1/messages, /v1/messages/, /chat/v1/messages -> "/messages", ""
-    /v1/chat/completions/models (the endpoint taken for a base) -> "/models", ""
-    /v1/models/a/b -> "/models/", "a/b"
+    /v1/messages, /messages, /v1/v1/messages, /v1/messages/ -> "", "/messages", ""
+    /chat/v1/messages -> "chat", "/messages", ""
+    /v1/chat/completions/models (the endpoint taken for a base) -> "", "/models", ""
+    /v1/models/a/b -> "", "/models/", "a/b"
     """
     found = re.fullmatch(r"(.*?/(?:models|responses))/(.+)", "/" + path.strip("/"), re.S)
     path, name = found.groups() if found else (path, "")
-    parts = [part for part in path.split("/") if part]
-    if len(parts) > 1 and parts[0] in PREFIXES and parts[1] != "completions":
-        del parts[0]
+    parts, backend = [part for part in path.split("/") if part], ""
+    if len(parts) > 1 and parts[0] in PREFIXES and parts[1] != "completions" and (
+            parts != ["api", "hello"]):     # Claude Code's probe
+        backend = parts.pop(0)
     known = "/" + "/".join(part for part in parts if part != "v1")
     for base in ("/chat/completions", "/messages", "/responses"):
         inner = f"{known}/{name}" if name else known
         if inner.startswith(base) and inner[len(base):] in ROUTES:
-            return inner[len(base):], ""
+            return backend, inner[len(base):], ""
         if inner in ROUTES:
-            return inner, ""
-    return known + "/" * bool(name), name
+            return backend, inner, ""
+    return backend, known + "/" * bool(name), name
+
+
+def relay_target(request: Request) -> str:
+    """What is asked of the upstream: a known path in its plain form, others as they came.
+
+    /api/v1/v1/messages/?beta=true -> /v1/messages?beta=true,  /api/v1/files/a%20b -> the same
+    without /api.  ApiError if the path could mean another one.
+    """
+    prefix, known, name = route_path(request.path)
+    raw, mark, query = request.target.partition("?")
+    if known in ROUTES and ROUTES[known][1] in ("answer", "count", "models"):
+        raw = "/v1" + known + urllib.parse.quote(name, safe="")
+    elif prefix:
+        raw = raw[len(prefix) + 1:] if raw.startswith(f"/{prefix}/") else ""
+    return safe_path(raw.rstrip("/") if known in ROUTES else raw) + mark + query
 
 
 @dataclass
@@ -2993,6 +3851,7 @@ class Call:
     request: Request
     now: Callable[[], float]
     name: str = ""                          # request id
+    backend: str = ""
     headers: dict[str, str] = field(default_factory=dict)       # of the answer
     dialect: Dialect | None = None
     turn: Turn | None = None
@@ -3003,6 +3862,7 @@ class Call:
     first_at: float = 0.0                   # time of the first delta
     written_at: float = 0.0                 # time of the last frame, at first of the request
     ended: bool = False                     # the stream has been told its end
+    passed: bytes | None = None             # the end of what was relayed, if events are
 
     def told(self) -> dict[str, str]:
         """The headers of the answer, with how the turn was served."""
@@ -3044,7 +3904,7 @@ class Call:
             self.status = 200
             self.connection.start(200, {
                 "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no", **self.told()})
+                "X-Accel-Buffering": "no", **self.told()}.items())
         self.connection.write(b"".join(frames))
         self.written_at = self.now()
 
@@ -3052,6 +3912,20 @@ class Call:
         """A heartbeat that the dialect's clients read over."""
         self.message.add({"type": "ping"})
         self.write(self.frames({"type": "ping"}))
+
+    def relay(self, data: bytes) -> None:
+        """Pass on a piece of an upstream's answer."""
+        self.first_at, self.written_at = self.first_at or self.now(), self.now()
+        if self.passed is not None:
+            self.passed = (self.passed + data)[-2:] if len(data) < 2 else data[-2:]
+        self.connection.write(data)
+
+    def probe(self) -> None:
+        """The client of a relayed answer has ended its side: is it gone?"""
+        if self.passed in (b"", b"\n\n"):
+            self.connection.write(PING)
+        elif self.now() - self.written_at > 0.25:
+            self.connection.abort()         # nothing can be said that it would read over
 
     async def fail(self, error: ApiError) -> None:
         """Tell of a failure: a status before the first event, the dialect's own error after it."""
@@ -3068,16 +3942,24 @@ class Call:
         elif self.turn and self.turn.stream and not self.ended:
             self.write(self.frames({**envelope, "type": "error"}))
             self.connection.end()
+        elif self.passed is not None:       # events are relayed; the last one may be half there
+            self.connection.write(b"\n\n" * (self.passed not in (b"", b"\n\n"))
+                                  + sse_frame({**envelope, "type": "error"}, "error"))
+            self.connection.end()
+        elif not self.ended:
+            self.connection.abort()
 
     def log_line(self, started: float) -> str:
-        """POST /v1/messages sonnet 200 first 84 ms total 312 ms in 18 out 7 $0.0002 new req_..."""
-        used = self.message.tokens() if self.message else (0, 0, 0)
+        """POST /v1/messages sonnet 200 first 84 ms total 312 ms in 18 out 7 end_turn $0.0002 new
+        req_..."""
+        message = self.message or Message("", "", 0)
+        used = message.tokens()
         return " ".join(filter(None, (
             time.strftime("%H:%M:%S"), self.request.method, self.request.path[:200],
-            self.turn.model[:80] if self.turn else "", str(self.status),
+            (message.model or str(message.start.get("model", "")))[:80], str(self.status),
             f"first {1000 * (self.first_at - started):.0f} ms" if self.first_at else "",
             f"total {1000 * (self.now() - started):.0f} ms",
-            f"in {used[0]} out {used[2]}" if any(used) else "",
+            f"in {used[0]} out {used[2]}" if any(used) else "", message.stop_reason or "",
             "" if self.receipt.cost is None else f"${self.receipt.cost:.4f}",
             self.receipt.conversation, self.name, self.failure and f"| {self.failure[:300]}")))
 
@@ -3088,6 +3970,7 @@ class App:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.port, self._started = settings, 0, int(time.time())
         self.conversations = Conversations(settings)
+        self.upstream = Upstream(settings, self.conversations.refusals)
         self.store = Store(state_dir(settings), settings.store_days, settings.store_size,
                            settings.max_body)
         self.server = Server(settings, self.handle, self.refuse)
@@ -3106,10 +3989,16 @@ class App:
         self.port = await self.server.start()
         await self.conversations.start()
         try:
+            if host_name(self.upstream.host) and is_loopback(host_name(self.upstream.host)) and (
+                    urllib.parse.urlsplit(self.upstream.base).port == self.port):
+                raise ConfigError(f"the upstream {self.upstream.base} is this proxy itself; unset "
+                                  "ANTHROPIC_BASE_URL, or set --upstream-url")
+            self.upstream.start()
             ready()
             await stop.wait()
         finally:
             await self.server.stop()
+            await self.upstream.stop()
             await self.conversations.stop()
             await self.store.close()
 
@@ -3155,7 +4044,13 @@ class App:
         if origin is not None and check_origin(origin, host, self.settings.allow_origins):
             call.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin",
                                  "Access-Control-Expose-Headers": "*"})
-        served, work, dialect = ROUTES.get(route_path(call.request.path)[0], ("", "", ""))
+        prefix, known, _ = route_path(call.request.path)
+        call.backend = prefix or self.settings.backend
+        served, work, dialect = ROUTES.get(known, ("", "", ""))
+        translated = dialect in ("chat", "responses")
+        if prefix == "api" and not translated or call.backend == "api" and (
+                dialect == "messages" or not work and call.request.path.startswith("/v1/")):
+            served, work = RELAY_METHODS, "relay"
         call.dialect, methods = DIALECTS.get(dialect), f"{served}, HEAD, OPTIONS"
         if not work:
             raise ApiError("not_found", f"no such route: {call.request.path[:200]}")
@@ -3186,10 +4081,14 @@ class App:
         if not self.settings.quiet:
             say(call.log_line(started))
 
-    async def _parse(self, call: Call) -> Turn:
+    @staticmethod
+    def _need_json(call: Call) -> None:
         kind = call.request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError("unsupported_media_type", "Content-Type: expected application/json")
+
+    async def _parse(self, call: Call) -> Turn:
+        self._need_json(call)
         body, earlier = parse_json(await call.connection.read_body(self.settings.max_body)), []
         if call.dialect is DIALECTS["responses"]:
             earlier = await self.store.recall(body, call.receipt.caller)
@@ -3220,7 +4119,9 @@ class App:
                 beating.cancel()
 
     async def _play(self, call: Call) -> None:
-        bursts = self.conversations.events(call.turn, call.message, call.receipt)
+        turn = call.turn, call.message, call.receipt
+        bursts = self.upstream.events(*turn, call.request.headers) if call.backend == "api" else (
+            self.conversations.events(*turn))
         try:
             async for events in bursts:
                 if events[-1]["type"] == "message_stop":
@@ -3251,12 +4152,66 @@ class App:
     async def _count(self, call: Call) -> None:
         turn = await self._parse(call)
         kind = {"object": "response.input_tokens"} if call.dialect is DIALECTS["responses"] else {}
-        tokens = await self._in_time(self.conversations.count(turn))
+        tokens = await self._in_time(
+            self.upstream.count(turn, call.request.headers) if call.backend == "api" else
+            self.conversations.count(turn))
         await call.send(200, {**kind, "input_tokens": tokens})
+
+    async def _relay(self, call: Call) -> None:
+        """A request passed on upstream, and its answer passed back as it comes."""
+        request, target = call.request, relay_target(call.request)
+        if call.dialect and request.method == "POST":
+            self._need_json(call)
+        body = await call.connection.read_body(self.settings.max_body)
+        exchange = self.upstream.exchange(
+            request.method, target, self.upstream.headers(request.headers), body,
+            self.settings.request_timeout)
+        try:
+            await self._in_time(self._pass_on(call, exchange))
+        finally:
+            exchange.close()
+            call.connection.heartbeat = None
+
+    async def _pass_on(self, call: Call, exchange: Exchange) -> None:
+        await exchange.open()
+        connection = call.connection
+        told = {name.lower(): value for name, value in exchange.headers}
+        call.status, first = exchange.status, b""
+        if exchange.status >= 400 and call.dialect:     # a gateway's page is no answer
+            first = await exchange.read_all(ERROR_LIMIT)
+            with contextlib.suppress(ValueError, RecursionError):
+                json.loads(first)
+                call.dialect = None
+            if call.dialect:
+                raise upstream_refusal(exchange.status, exchange.headers, first)
+        coding = told.get("content-encoding", "")
+        if told.get("content-type", "").startswith("text/event-stream") and (
+                exchange.length is None and coding in ("", "identity")):
+            call.passed = b""
+        tap = Tap(coding)
+        connection.start(exchange.status, end_to_end(call.headers, exchange.headers),
+                         exchange.length)
+        bare = call.request.method == "HEAD" or exchange.status in (204, 304)
+        connection.heartbeat = call.probe
+        if first or bare or not exchange.ready:
+            call.relay(first)
+        try:
+            while not bare:
+                data = await exchange.read()
+                if not data:
+                    break
+                call.relay(data)
+                tap.feed(data)
+                await connection.drain()
+        finally:
+            call.message = tap.message()
+        connection.heartbeat, call.ended = None, True
+        if not bare:
+            connection.end()
 
     async def _stored(self, call: Call) -> None:
         """GET or DELETE of a stored response; GET of its input, a page of it, newest first."""
-        name, _, part = route_path(call.request.path)[1].partition("/")
+        name, _, part = route_path(call.request.path)[2].partition("/")
         who, query = (name, call.receipt.caller), call.request.query
         missing = ApiError("not_found", f"no response {name[:100]!r} is stored", "response_id")
         if call.request.method == "DELETE" and not part:
@@ -3274,18 +4229,21 @@ class App:
         await call.send(200, page_of(items[:len(items) - len(response["output"])], query))
 
     async def _models(self, call: Call) -> None:
-        """What the CLI reports, by name and full id, and what --models names: for both SDKs."""
+        """What the backend reports, by name and full id, and what --models names: for both SDKs."""
         named: dict[str, str] = {}
-        for model in await self.conversations.known_models():
-            for name in filter(None, (model.get("value"), model.get("resolvedModel"))):
-                named.setdefault(name, model.get("displayName") or name)
+        models = await (self.upstream.known_models(self.upstream.headers(own_headers(
+            call.request.headers))) if call.backend == "api" else self.conversations.known_models())
+        for model in models:
+            for name in filter(None, map(model.get, ("value", "resolvedModel", "id"))):
+                named.setdefault(name, model.get("displayName") or model.get("display_name")
+                                 or name)
         named.update({name: named.get(target, target) for name, target in
                       self.settings.models.items() if not set("*?[") & set(name)})
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
         entries = [{"id": name, "object": "model", "type": "model", "display_name": shown,
                     "owned_by": "anthropic", "created": self._started, "created_at": since}
                    for name, shown in named.items()]
-        wanted = route_path(call.request.path)[1]
+        wanted = route_path(call.request.path)[2]
         if wanted and wanted not in named:
             raise ApiError("not_found", f"no model is named {wanted[:100]!r}; GET /v1/models lists "
                            "them", param="model")
@@ -3302,6 +4260,8 @@ class App:
 
     async def _ready(self, call: Call) -> None:
         """Whether a request could be served now: CLI found, new enough, a process up."""
+        if self.settings.backend == "api":
+            return await call.send(200, {"status": "ready", "upstream": self.upstream.base})
         await self.conversations.command()
         if not self.conversations.fleet and self.settings.warm:
             raise ApiError("unavailable", self.conversations.trouble, retry_after=1)
@@ -3312,12 +4272,14 @@ class App:
         parked = sum(bool(claude.awaited) for claude in talk.idle.values())
         await call.send(200, {
             "version": __version__, "claude": talk.version, "trouble": talk.trouble or None,
-            "backend": "chat", "uptime_s": int(time.time()) - self._started, "processes": {
+            "backend": self.settings.backend, "upstream": {
+                "url": self.upstream.base, "streams": len(self.upstream.exchanges)},
+            "uptime_s": int(time.time()) - self._started, "processes": {
                 "all": len(talk.fleet), "spare": len(talk.spares), "parked": parked,
                 "idle": len(talk.idle) - parked}, "connections": len(self.server.connections)})
 
 
-# == 12. Commands ==================================================================================
+# == 14. Commands ==================================================================================
 # The command line: serve, doctor, version, the stand-in; and the two ways in for importers.
 
 def serve(settings: Settings | None = None) -> None:
@@ -3377,9 +4339,15 @@ def running(**values: Any) -> Iterator[str]:
 async def examine(settings: Settings, deep: bool) -> bool:
     """Print what a request depends on; False if one would fail, with the next command to run."""
     talk, started = Conversations(settings), time.perf_counter()
+    upstream = Upstream(settings, talk.refusals)
     await talk.start()
     try:
         print(f"ok    Python {sys.version.split()[0]}")
+        if settings.backend == "api":
+            headers = upstream.headers(own_headers({}))
+            models = [model["id"] for model in await upstream.known_models(headers)]
+            print(f"ok    upstream {upstream.base}, models: {', '.join(models) or 'not listed'}")
+            return True
         print("ok    claude at", *await talk.command(), f"is version {talk.version}")
         models = [[m.get("value"), m.get("resolvedModel")] for m in await talk.known_models()]
         print(f"ok    handshake after {time.perf_counter() - started:.2f} s")
@@ -3405,7 +4373,53 @@ async def examine(settings: Settings, deep: bool) -> bool:
               "claude -p hello"))
         return False
     finally:
+        await upstream.stop()
         await talk.stop()
+
+
+LOGIN_WORDS = ("authMethod", "apiKeySource", "subscriptionType", "email", "orgName",
+               "loginExpiresAt")            # what `claude auth status` says of a login
+
+
+async def show_credentials(settings: Settings) -> bool:
+    """Print which credential each backend would use, never its value; False if the one that serves
+    /v1 has none."""
+    found = {}
+    try:
+        command, version = await find_claude(settings.claude)
+        told = {"loggedIn": True, "authMethod": "none needed"}
+        if version != "stand-in":
+            process = await asyncio.create_subprocess_exec(
+                *command, "auth", "status", env=claude_env(os.environ, 0, 0),
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            told = json.loads((await asyncio.wait_for(process.communicate(), 30))[0])
+        words = [f"{word} {told[word]}" for word in LOGIN_WORDS if told.get(word)]
+        found["chat"] = told.get("loggedIn"), f"claude {version}: " + (
+            ", ".join(words) if told.get("loggedIn") else "nobody is logged in; run `claude auth "
+            "login`, or set ANTHROPIC_API_KEY")
+    except (ApiError, OSError, ValueError, asyncio.TimeoutError) as exc:
+        found["chat"] = False, str(exc) or repr(exc)
+    upstream = Upstream(settings, Refusals(""))
+    try:
+        own = upstream.credentials.configured()
+        until = time.strftime(", until %Y-%m-%d %H:%M UTC", time.gmtime(own.expires)) if (
+            own and own.expires) else ""
+        found["api"] = own is not None, f"{upstream.base}: " + (
+            f"{own.kind} from {own.source}{until}" if own else "none of its own, only what callers "
+            "send; set ANTHROPIC_API_KEY" + " (a login of the CLI is there, see --oauth)" * bool(
+                upstream.credentials.login() and not settings.oauth))
+    except ApiError as error:
+        found["api"] = False, f"{upstream.base}: {error.message}"
+    for backend, (there, text) in found.items():
+        print(f"{'ok' if there else 'none':6}{backend:6}{text}")
+    return bool(found[settings.backend][0])
+
+
+def hand_over(settings: Settings, words: list[str]) -> int:
+    """Run one of the CLI's own commands in this terminal; its exit code."""
+    command, _ = asyncio.run(find_claude(settings.claude))
+    environ = {name: value for name, value in os.environ.items() if not OUTER_ENV.match(name)}
+    return subprocess.call([*command, *words], env=environ)
 
 
 # -- the stand-in: a CLI of a few words, for a first try and for tests of clients without a token
@@ -3543,8 +4557,12 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="ccproxy.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.partition("\n\nEvery name")[0], epilog=inspect.cleandoc(own) + "\n\n"
         + inspect.getdoc(stand_in))
-    parser.add_argument("verb", nargs="?", default="serve", choices=("serve", "doctor", "version"),
-                        help="serve requests (default); check CLI, login and models; print version")
+    parser.add_argument("verb", nargs="?", default="serve", choices=(
+        "serve", "doctor", "auth", "version"), help="serve requests (default); check CLI, login "
+        "and models; show credentials or log in; print version")
+    parser.add_argument("what", nargs="?", choices=("status", "login", "setup-token"),
+                        help="auth: which credential each backend uses (default), or the CLI's own "
+                        "`claude auth login` or `claude setup-token`")
     parser.add_argument("--config", metavar="FILE", help="configuration file, TOML or JSON "
                         "(default: ccproxy.toml, ccproxy.json)")
     parser.add_argument("--deep", action="store_true", help="doctor: ask the model once, too")
@@ -3562,7 +4580,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["stand-in"]:            # followed by the CLI's own arguments
         stand_in()
         return 0
-    flags, settings = vars(argument_parser().parse_args(argv)), None
+    parser, settings = argument_parser(), None
+    flags = vars(parser.parse_args(argv))
+    if flags["what"] and flags["verb"] != "auth":
+        parser.error(f"{flags['what']} belongs to: auth {flags['what']}")
     if flags["verb"] == "version":
         print(__version__)
         return 0
@@ -3570,11 +4591,15 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(flags, os.environ)
         if flags["verb"] == "doctor":
             return 0 if asyncio.run(examine(settings, flags["deep"])) else 1
+        if flags["verb"] == "auth" and flags["what"] in (None, "status"):
+            return 0 if asyncio.run(show_credentials(settings)) else 1
+        if flags["verb"] == "auth":
+            return hand_over(settings, ["auth"] * (flags["what"] == "login") + [flags["what"]])
         serve(settings)
         return 0
-    except ConfigError as error:
+    except (ConfigError, ApiError) as error:
         say(f"ccproxy: {error}")
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
         say(f"ccproxy: cannot listen on {settings.host}:{settings.port}: "
             f"{error.strerror or error}; choose another with --port")

@@ -43,6 +43,7 @@ from ccproxy import DIALECTS, ApiError, Message, Reply
 STRICT = re.compile(r"opus-5-5|fable-5|sonnet-5-5")
 NO_SAMPLING = re.compile(r"opus-4-[78]|opus-5|fable-5|sonnet-5-5|haiku-5-5")
 NO_BUDGET = re.compile(r"opus-4-[78]|opus-5|fable-5|sonnet-5-5")
+NO_FORMAT = NO_EFFORT = re.compile(r"sonnet-4-0")
 TOOL_NAME = "^[a-zA-Z0-9_-]{1,128}$"
 ERROR_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
                404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
@@ -51,6 +52,14 @@ STOP_WORDS = {"MAXTOK": "max_tokens", "REFUSE": "refusal",
               "CONTEXT": "model_context_window_exceeded"}
 USAGE = {"input_tokens": 10, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 5,
          "output_tokens": 1}
+
+
+def objects(schema):
+    """The schemas of objects in a schema, itself included."""
+    found = [schema] if isinstance(schema, dict) and schema.get("type") == "object" else []
+    inner = schema.values() if isinstance(schema, dict) else schema if isinstance(
+        schema, list) else []
+    return found + [each for value in inner for each in objects(value)]
 
 
 def blocks_of(content):
@@ -94,6 +103,17 @@ def refused_parameters(body):
         return "max_tokens: Field required"
     if any(t.get("strict") and "minimum" in json.dumps(t) for t in body.get("tools") or []):
         return "tools.0.custom: For 'integer' type, properties maximum, minimum are not supported"
+    form = (body.get("output_config") or {}).get("format")
+    if form and NO_FORMAT.search(model):
+        return "output_config.format: structured outputs are not supported for this model"
+    if form and not all(inner.get("additionalProperties") is False for inner in objects(
+            form["schema"])):
+        return ("output_config.format.schema: For 'object' type, 'additionalProperties' must be "
+                "explicitly set to false")
+    if (body.get("output_config") or {}).get("effort") and NO_EFFORT.search(model):
+        return "This model does not support the effort parameter."
+    if kind == "adaptive" and NO_EFFORT.search(model):
+        return "adaptive thinking is not supported on this model"
     if not all(re.match(TOOL_NAME, t.get("name", "")) for t in body.get("tools") or []):
         return f"tools.0.custom.name: String should match pattern '{TOOL_NAME}'"
     return None
@@ -128,6 +148,10 @@ def refused_history(body):
     return f"A maximum of 4 blocks with cache_control may be provided. Found {marks}." * (marks > 4)
 
 
+MODELS = {"claude-sonnet-4-6": "2026-02-01T00:00:00Z", "claude-opus-5": "2026-08-01T00:00:00Z",
+          "claude-sonnet-5": "2026-06-01T00:00:00Z", "house-model": "2024-01-01T00:00:00Z"}
+
+
 class FakeAPI:
     """The Anthropic API on loopback.  The last user text may hold these words:
 
@@ -142,6 +166,7 @@ class FakeAPI:
     def __init__(self):
         self.bodies = []        # Messages requests that came, in order
         self.counted = []       # count_tokens requests
+        self.heads = []         # (method, path, headers) of all
         self.refusals = []      # messages of the 400s that `refusal` gave
         self.broken = 0         # answers that nobody waited for
         self.delay = 0.0        # seconds before an answer
@@ -160,6 +185,7 @@ class FakeAPI:
     def clear(self):
         with self._lock:
             self.bodies, self.counted, self.refusals, self.broken = [], [], [], 0
+            self.heads = []
 
     def note(self, slot, value):
         with self._lock:
@@ -193,10 +219,16 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.reply(200, {})
 
     def do_GET(self):
-        self.fail(404, "nothing here")
+        self.fake.note("heads", (self.command, self.path, dict(self.headers)))
+        if not self.path.startswith("/v1/models"):
+            return self.fail(404, "nothing here")
+        return self.reply(200, {"has_more": False, "data": [
+            {"type": "model", "id": name, "display_name": name.title(), "created_at": made}
+            for name, made in MODELS.items()]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        self.fake.note("heads", (self.command, self.path, dict(self.headers)))
         if "count_tokens" in self.path:
             self.fake.note("counted", body)
             return self.reply(200, {"input_tokens": len(json.dumps(body.get("messages"))) // 4})
@@ -248,6 +280,11 @@ class FakeHandler(BaseHTTPRequestHandler):
         if failed:
             status = int(failed.group(1))
             return self.fail(status, f"fake {ERROR_TYPES[status]}", wait and wait.group(1))
+        if not body.get("stream"):
+            return self.reply(200, {
+                "model": body["model"], "id": self.fake.new_id("msg"), "type": "message",
+                "role": "assistant", "content": [{"type": "text", "text": f"You said: {text}"}],
+                "stop_reason": "end_turn", "stop_sequence": None, "usage": USAGE})
         self.start(body["model"])
         if "THINK" in text:
             self.block({"type": "thinking", "thinking": "", "signature": ""}, [
@@ -266,6 +303,8 @@ class FakeHandler(BaseHTTPRequestHandler):
                 self.frame("error", error={"type": "overloaded_error", "message": "Overloaded"})
                 self.wfile.write(b"0\r\n\r\n")
                 return None
+        elif (body.get("output_config") or {}).get("format"):
+            self.speak(self.structured(body, results)[0][1], "")
         elif "EMPTY" not in text and not self.speak(text):
             return None
         stop = next((reason for word, reason in STOP_WORDS.items() if word in text), stop)
@@ -311,11 +350,11 @@ class FakeHandler(BaseHTTPRequestHandler):
                 {"type": "input_json_delta", "partial_json": arguments[at:at + 8]}
                 for at in range(0, len(arguments), 8)])
 
-    def speak(self, text):
+    def speak(self, text, opening="You said: "):
         """Say some words; False if the stream was broken on the way."""
         long = re.search(r"LONG:(\d+)", text)
         words = [f"w{n}" for n in range(int(long.group(1)))] if long else (
-            f"You said: {text}".split(" "))
+            f"{opening}{text}".split(" "))
         self.frame("content_block_start", index=self.index,
                    content_block={"type": "text", "text": ""})
         for at, word in enumerate(words):
@@ -997,8 +1036,8 @@ def test_parse_head_never_raises_anything_but_apierror():
 @pytest.mark.parametrize("value", ["a\r\nSet-Cookie: x", "a\nb", "a\rb", "\0", "caf\xe9", "\u2028",
                                    "\U0001f600", "\ud800", "a\x0b\x0c\x85b"])
 def test_no_header_value_can_end_its_line(value):
-    raw = ccproxy.response_head(200, {"X-Id": value, "X-Last": "z"})
-    lines = raw.decode("ascii").split("\r\n")
+    raw = ccproxy.response_head(200, [("X-Id", value), ("X-Last", "z")])
+    lines = raw.decode("latin-1").split("\r\n")
     assert [line.partition(":")[0] for line in lines[1:]] == ["X-Id", "X-Last", "", ""]
     assert lines[0] == "HTTP/1.1 200 OK" and len(raw.splitlines()) == 4
 
@@ -1054,7 +1093,9 @@ def test_bad_json_is_a_400_whatever_is_wrong_with_it(body):
     ("/health", "/health"), ("/chat/health", "/health"), ("/v1/nothing", "/nothing"),
 ])
 def test_a_base_url_given_in_any_way_leads_to_its_route(path, route):
-    assert "".join(ccproxy.route_path(path)) == route
+    assert "".join(ccproxy.route_path(path)[1:]) == route
+    backend = "chat" if path.startswith(("/chat/v1", "/chat/chat", "/chat/m", "/chat/h")) else ""
+    assert ccproxy.route_path(path)[0] == backend
 
 
 # == 4. Dialects: requests =========================================================================
@@ -3071,7 +3112,7 @@ def answers(data):
         if "transfer-encoding" in headers:
             body, data = dechunk(data)
         else:
-            length = 0 if status < 200 or status == 204 else int(
+            length = 0 if status < 200 or status in (204, 304) else int(
                 headers.get("content-length", len(data)))
             body, data = data[:length], data[length:]
         if status >= 200:
@@ -5337,6 +5378,1069 @@ def test_readme_names_no_option_route_or_default_that_is_not_there():
         assert ccproxy.OPTIONS[name.replace("-", "_")][0] == float(default)
 
 
+# == (g) the upstream API ==========================================================================
+
+def every_split(data):
+    """Byte by byte, and cut once at every place: all a socket can do to us."""
+    yield [data[at:at + 1] for at in range(len(data))]
+    yield from ([data[:cut], data[cut:]] for cut in range(len(data)))
+
+
+CERTIFICATE, TLS_KEY = """-----BEGIN CERTIFICATE-----
+MIIBdjCCAR2gAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjQwMTAxMDAwMDAwWhgPMjEyNDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABGszNDT92OGr1+23
+dmcK/nzWnlhh4z1fkcymce7vTJWn0fEaTY6RlPv/Ar9aTULl1YVxIPF/YYK1tgxA
+9RbF8WmjXjBcMBoGA1UdEQQTMBGCCWxvY2FsaG9zdIcEfwAAATAPBgNVHRMBAf8E
+BTADAQH/MB0GA1UdDgQWBBT9PlEAR56gssgEpbXIgJAoabdO8zAOBgNVHQ8BAf8E
+BAMCAoQwCgYIKoZIzj0EAwIDRwAwRAIgE/BJ0cMQEZs3KDb4kM/hdwby67kUtA0U
+JwdM2D/WPIUCIEGM7SmRFByPXF5G/AQQFrATrj40Xgj3oqgUaC/ObMMe
+-----END CERTIFICATE-----
+""", """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpWiLMkbGRSCO+6RQ
+Vjoy+dRHusJa9o6aNty/KGe+pk2hRANCAARrMzQ0/djhq9ftt3ZnCv581p5YYeM9
+X5HMpnHu70yVp9HxGk2OkZT7/wK/Wk1C5dWFcSDxf2GCtbYMQPUWxfFp
+-----END PRIVATE KEY-----
+"""     # of localhost and 127.0.0.1, made for these tests alone
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory):
+    """(certificate, key): files."""
+    folder = tmp_path_factory.mktemp("pem")
+    for name, text in (("cert.pem", CERTIFICATE), ("key.pem", TLS_KEY)):
+        (folder / name).write_text(text)
+    return str(folder / "cert.pem"), str(folder / "key.pem")
+
+
+def whole_answer(body=b'{"ok": true}', *fields, status="200 OK", kind="application/json"):
+    lines = [f"HTTP/1.1 {status}", *([f"Content-Type: {kind}"] if kind else []),
+             f"Content-Length: {len(body)}", *fields, "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nrequest-id: req_up\r\n"
+               b"Transfer-Encoding: chunked\r\n\r\n")
+EVENTS_UP = [json.dumps(event) for event in (
+    {"type": "message_start", "message": {
+        "id": "msg_up", "type": "message", "role": "assistant", "model": "claude-sonnet-5",
+        "content": [], "stop_reason": None, "usage": {"input_tokens": 11, "output_tokens": 1}}},
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hel"}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "lo"}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+     "usage": {"output_tokens": 7}},
+    {"type": "message_stop"})]
+FRAMES_UP = [f"event: {json.loads(e)['type']}\ndata: {e}\n\n".encode() for e in EVENTS_UP]
+
+
+def chunk(data):
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def read_head(file):
+    """The lines of a request's head, without the blank one; b"" at the end."""
+    lines = []
+    while not lines or lines[-1] not in (b"\r\n", b""):
+        lines.append(file.readline())
+    return b"".join(lines[:-1])
+
+
+class Odd:
+    """An upstream that answers its requests one after the other by `answers`, the last again and
+    again: bytes to send, or a function that is given the socket and returns False to end it."""
+
+    def __init__(self, *answers, context=None):
+        self.answers, self.heard, self.connections, self.ended = answers, [], 0, 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._context, self._socks = context, []
+        port = self._listener.getsockname()[1]
+        self.url = f"http{'s' if context else ''}://127.0.0.1:{port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._listener.close()
+        for sock in self._socks:
+            sock.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self._listener.accept()[0]
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        with contextlib.suppress(OSError):
+            sock = self._context.wrap_socket(sock, server_side=True) if self._context else sock
+            self._socks.append(sock)
+            file, going = sock.makefile("rb"), True
+            while going is not False:
+                head = read_head(file)
+                if not head:
+                    break
+                length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", b"\r\n" + head)
+                self.heard.append((head, file.read(int(length.group(1))) if length else b""))
+                answer = self.answers[min(len(self.heard), len(self.answers)) - 1]
+                going = answer(sock) if callable(answer) else sock.sendall(answer)
+            file.close()
+            sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self.ended += 1
+
+    @property
+    def lines(self):
+        """Of the last request's head, lower-cased names:  {"": "POST /v1/messages ...", ...}."""
+        first, *lines = self.heard[-1][0].decode("latin-1").strip().split("\r\n")
+        return {"": first, **{n.lower(): v.strip() for n, _, v in (
+            line.partition(":") for line in lines)}}
+
+
+@contextlib.contextmanager
+def relaying(tmp_path, upstream, **settings):
+    """A proxy in front of an upstream (an Odd, a FakeAPI, a URL); the CLI is not there."""
+    with ccproxy.running(**{
+            "upstream_url": getattr(upstream, "url", upstream), "claude": str(tmp_path / "none"),
+            "state_dir": str(tmp_path / "state"), "warm": 0, **settings}) as base:
+        yield base
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_login():
+    """No test may see the user's own credentials, or send anything to a real API."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if re.match("(?i)ANTHROPIC_|CLAUDE|.*_proxy$", n)]:
+            if name not in ("CCPROXY_TEST_CLAUDE",):
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture
+def own_key(monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-own")
+
+
+ASK_UP = b'{"model": "claude-sonnet-5",  "max_tokens": 9, "messages":[{"role":"user","content":"h\xc3\xa9"}]}'
+
+
+def relay(base, start="POST /api/v1/messages", *fields, body=ASK_UP, **more):
+    return ask(base, start, *fields, body=body, **more)
+
+
+# -- byte for byte
+
+def test_a_request_goes_upstream_as_it_came_but_for_hops_and_credentials(tmp_path, own_key):
+    with Odd(whole_answer()) as up, relaying(tmp_path, up) as base:
+        answer = relay(base, "POST /api/v1/messages?beta=true&x=%20y", "anthropic-version: 2023-06-01",
+                       "anthropic-beta: a-1,b-2", "Connection: x-hop, TE", "X-Hop: 1", "TE: trailers",
+                       "Keep-Alive: 5", "Proxy-Authorization: Basic x", "Cookie: session=1",
+                       "X-Other: v\xe9rt", "User-Agent: me/1")
+        assert answer.body == b'{"ok": true}' and up.heard[0][1] == ASK_UP
+        assert up.lines[""] == "POST /v1/messages?beta=true&x=%20y HTTP/1.1"
+        sent = {n: v for n, v in up.lines.items() if n}
+        assert sent.pop("x-other").encode("latin-1").decode() == "v\xe9rt"
+        assert sent == {
+            "anthropic-version": "2023-06-01", "anthropic-beta": "a-1,b-2", "user-agent": "me/1",
+            "content-type": "application/json", "content-length": str(len(ASK_UP)),
+            "host": up.url[7:], "x-api-key": "sk-ant-own"}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize("path, target", [
+    ("/api/v1/files", "/v1/files"), ("/api/v1/files/a%20b%2Ec?x=1&x=2", "/v1/files/a%20b%2Ec?x=1&x=2"),
+    ("/api/odd", "/odd"), ("/api/v1/models/", "/v1/models"), ("/api/models/claude-x", "/v1/models/claude-x"),
+    ("/api/v1/v1/messages", "/v1/messages"), ("/api/messages/count_tokens/?beta=true",
+                                              "/v1/messages/count_tokens?beta=true"),
+    ("/api/health", "/health"), ("/api/v1/messages/batches/x/results", "/v1/messages/batches/x/results")])
+def test_every_method_and_path_under_api_is_passed_on(tmp_path, own_key, method, path, target):
+    with Odd(whole_answer(b"\x00\xff", kind="x/y", status="299 Odd")) as up, \
+            relaying(tmp_path, up) as base:
+        answer = ask(base, f"{method} {path}", body=None if method == "GET" else b"{}")
+        assert (answer.status, answer.body, answer.headers["content-type"]) == (299, b"\x00\xff", "x/y")
+        assert up.lines[""] == f"{method} {target} HTTP/1.1"
+
+
+def test_an_answer_comes_back_as_it_is_with_its_end_to_end_headers(tmp_path, own_key):
+    import gzip
+    packed = gzip.compress(b'{"model": "m", "usage": {"output_tokens": 3}}')
+    fields = ("Content-Encoding: gzip", "request-id: req_up", "Retry-After: 3", "Set-Cookie: a=1",
+              "Set-Cookie: b=2", "anthropic-ratelimit-requests-remaining: 7", "Connection: X-Hop",
+              "X-Hop: 1", "Keep-Alive: timeout=5", "Date: Mon, 01 Jan 2024 00:00:00 GMT")
+    with Odd(whole_answer(packed, *fields)) as up, relaying(tmp_path, up) as base:
+        raw = talk(base, request("POST /api/v1/messages", body=ASK_UP))
+        head, _, body = raw.partition(b"\r\n\r\n")
+        assert body == packed
+        lines = head.decode().split("\r\n")[1:]
+        assert [line for line in lines if line.startswith("Set-Cookie")] == [
+            "Set-Cookie: a=1", "Set-Cookie: b=2"]
+        told = answers(raw)[0].headers
+        assert told["request-id"] == "req_up" and told["retry-after"] == "3"
+        assert told["x-request-id"].startswith("req_") and told["content-encoding"] == "gzip"
+        assert told["anthropic-ratelimit-requests-remaining"] == "7"
+        assert told["date"] == "Mon, 01 Jan 2024 00:00:00 GMT" and told["connection"] == "close"
+        assert not {"x-hop", "keep-alive", "transfer-encoding"} & set(told)
+
+
+@pytest.mark.parametrize("answer, status, length", [
+    (b"HTTP/1.1 204 No Content\r\n\r\n", 204, None),
+    (b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n", 304, None),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 200, "0"),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 200, "0"),
+    (b"HTTP/1.1 302 Found\r\nLocation: http://other.invalid/\r\nContent-Length: 0\r\n\r\n", 302, "0")])
+def test_answers_without_a_body_are_passed_on_and_redirects_not_followed(
+        tmp_path, own_key, answer, status, length):
+    with Odd(answer) as up, relaying(tmp_path, up) as base:
+        sock = http_connect(base, request("GET /api/v1/files", close=False) + request("GET /health"))
+        first, second = answers(read_all(sock))
+        assert (first.status, first.body, first.headers.get("content-length")) == (status, b"", length)
+        assert second.status == 200 and len(up.heard) == 1
+        assert status != 302 or first.headers["location"] == "http://other.invalid/"
+
+
+def test_head_is_passed_on_and_answered_without_a_body(tmp_path, own_key):
+    with Odd(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n") as up, relaying(tmp_path, up) as base:
+        raw = talk(base, request("HEAD /api/v1/files", close=False) + request("GET /health"))
+        head, _, rest = raw.partition(b"\r\n\r\n")
+        assert b"Content-Length: 999" in head and rest.startswith(b"HTTP/1.1 200 OK")
+        assert up.lines[""].startswith("HEAD ")
+
+
+@pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
+def test_a_body_that_ends_with_its_connection_comes_whole(tmp_path, own_key, close):
+    with Odd(lambda sock: sock.sendall(b"HTTP/1.1 200 OK\r\n" + close + b"\r\n" + b"x" * 200_000)
+             or False) as up, relaying(tmp_path, up) as base:
+        assert ask(base, "GET /api/v1/files").body == b"x" * 200_000
+
+
+def test_a_stream_is_passed_on_event_by_event_unbuffered(tmp_path, own_key):
+    """The upstream says the next event only once the client has the one before."""
+    seen = threading.Semaphore(0)
+
+    def drip(sock):
+        sock.sendall(STREAM_HEAD)
+        for frame in FRAMES_UP:
+            sock.sendall(chunk(frame))
+            assert seen.acquire(timeout=5)
+        sock.sendall(b"0\r\n\r\n")
+    with Odd(drip) as up, relaying(tmp_path, up) as base:
+        sock, data = http_connect(base, request("POST /api/v1/messages", body=ASK_UP)), b""
+        while b"\r\n0\r\n\r\n" not in data:
+            piece = sock.recv(65536)
+            assert piece, data
+            data += piece
+            for _ in range(piece.count(b"\ndata: ")):
+                seen.release()
+        sock.close()
+        answer = answers(data)[0]
+        assert answer.body == b"".join(FRAMES_UP)
+        assert answer.headers["request-id"] == "req_up" and up.connections == 1
+
+
+def test_the_upstream_waits_for_a_client_that_takes_nothing(tmp_path, own_key):
+    total, sent = 48 * 2**20, []
+
+    def flood(sock):
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % total)
+        for _ in range(total // 65536):
+            sock.sendall(b"x" * 65536)
+            sent.append(65536)
+    with Odd(flood) as up, relaying(tmp_path, up) as base:
+        sock = http_connect(base, request("GET /api/v1/files"), rcvbuf=65536)
+        until(lambda: False, 1.0)
+        assert 0 < sum(sent) < total * 0.75
+        assert len(read_all(sock).partition(b"\r\n\r\n")[2]) == total
+
+
+def test_connections_are_kept_for_the_next_request(tmp_path, own_key):
+    stream = STREAM_HEAD + b"".join(map(chunk, FRAMES_UP)) + b"0\r\n\r\n"
+    with Odd(whole_answer(), stream) as up, relaying(tmp_path, up) as base:
+        for _ in range(3):
+            assert relay(base).status == 200
+            assert relay(base, "POST /api/v1/chat/completions").status == 200
+        assert (up.connections, len(up.heard)) == (1, 6)
+
+
+def test_a_kept_connection_that_the_upstream_has_ended_is_not_used(tmp_path, own_key):
+    with Odd(lambda sock: sock.sendall(whole_answer()) or False) as up, \
+            relaying(tmp_path, up) as base:
+        for n in range(3):
+            assert relay(base).status == 200 and until(lambda: up.ended == n + 1)
+        assert (up.connections, len(up.heard)) == (3, 3)
+
+
+def test_a_request_that_a_kept_connection_has_taken_is_not_sent_again(tmp_path, own_key):
+    with Odd(whole_answer(), lambda sock: False, whole_answer()) as up, \
+            relaying(tmp_path, up) as base:
+        assert relay(base).status == 200
+        failed = relay(base)
+        assert failed.status == 502 and failed.error["type"] == "api_error"
+        assert (up.connections, len(up.heard)) == (1, 2)
+        assert relay(base).status == 200
+
+
+def test_a_kept_connection_that_takes_nothing_is_replaced_once(tmp_path, own_key, monkeypatch):
+    with Odd(whole_answer()) as up, relaying(tmp_path, up) as base:
+        assert relay(base).status == 200
+
+        def take(links, before=ccproxy.Links._take):
+            link = before(links)
+            if link:
+                link.sock.shutdown(socket.SHUT_WR)      # the next send fails
+            return link
+        monkeypatch.setattr(ccproxy.Links, "_take", take)
+        assert relay(base).status == 200
+        assert (up.connections, len(up.heard)) == (2, 2)
+
+
+def test_beyond_max_streams_callers_are_told_to_come_back(tmp_path, own_key):
+    going = threading.Event()
+
+    def wait(sock):
+        going.wait(10)
+        sock.sendall(whole_answer())
+    with Odd(wait) as up, relaying(tmp_path, up, max_streams=2) as base:
+        socks = [http_connect(base, request("POST /api/v1/messages", body=ASK_UP)) for _ in "ab"]
+        assert until(lambda: len(up.heard) == 2)
+        for path in ("/api/v1/messages", "/api/v1/chat/completions"):
+            full = relay(base, f"POST {path}")
+            assert full.status == 429 and full.headers["retry-after"]
+            assert full.error["type"] == "rate_limit_error"
+        going.set()
+        assert [answers(read_all(sock))[0].status for sock in socks] == [200, 200]
+        assert relay(base).status == 200
+
+
+# -- credentials
+
+FILE_LOGIN = {"claudeAiOauth": {"accessToken": "sk-ant-oat01-file", "refreshToken": "sk-ant-ort01-r",
+                                "expiresAt": 4e12, "scopes": ["user:inference"]}}
+BEARER = "authorization"
+
+
+@pytest.mark.parametrize("sent, settings, environ, login, expected", [
+    ({"x-api-key": "sk-ant-his"}, {}, {"ANTHROPIC_API_KEY": "sk-ant-own"}, False,
+     {"x-api-key": "sk-ant-his"}),
+    ({BEARER: "Bearer sk-ant-his"}, {}, {"ANTHROPIC_API_KEY": "sk-ant-own"}, False,
+     {"x-api-key": "sk-ant-his"}),
+    ({BEARER: "Bearer sk-ant-oat01-his"}, {}, {"ANTHROPIC_API_KEY": "sk-ant-own"}, False,
+     {BEARER: "Bearer sk-ant-oat01-his", "anthropic-beta": ccproxy.OAUTH_BETA}),
+    ({"x-api-key": "any"}, {}, {"ANTHROPIC_API_KEY": "sk-ant-own"}, True,
+     {"x-api-key": "sk-ant-own"}),
+    ({BEARER: "Bearer any"}, {}, {"ANTHROPIC_API_KEY": " sk-ant-own "}, False,
+     {"x-api-key": "sk-ant-own"}),
+    ({"x-api-key": "proxy", BEARER: "Bearer sk-ant-his"}, {"api_key": "proxy"},
+     {"ANTHROPIC_API_KEY": "sk-ant-own"}, False, {"x-api-key": "sk-ant-own"}),
+    ({"x-api-key": "proxy"}, {"api_key": "proxy"}, {}, True, {}),
+    ({}, {}, {"ANTHROPIC_AUTH_TOKEN": "tok"}, False, {BEARER: "Bearer tok"}),
+    ({}, {}, {"ANTHROPIC_API_KEY": "sk-ant-own", "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-env"}, True,
+     {"x-api-key": "sk-ant-own"}),
+    ({}, {}, {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-env"}, True, {}),
+    ({}, {"oauth": True}, {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-env"}, True,
+     {BEARER: "Bearer sk-ant-oat01-env", "anthropic-beta": ccproxy.OAUTH_BETA}),
+    ({"anthropic-beta": "a-1"}, {"oauth": True}, {}, True,
+     {BEARER: "Bearer sk-ant-oat01-file", "anthropic-beta": "a-1," + ccproxy.OAUTH_BETA}),
+    ({"anthropic-beta": ccproxy.OAUTH_BETA}, {"oauth": True}, {}, True,
+     {BEARER: "Bearer sk-ant-oat01-file", "anthropic-beta": ccproxy.OAUTH_BETA}),
+    ({"x-api-key": "any"}, {}, {}, False, {"x-api-key": "any"}),
+    ({"x-api-key": "any"}, {"upstream_url": ccproxy.ANTHROPIC}, {}, False, {}),
+    ({BEARER: "Bearer sk-proj-other"}, {"upstream_url": ccproxy.ANTHROPIC}, {}, False, {}),
+    ({}, {}, {"ANTHROPIC_API_KEY": "a\nb"}, False, {}),
+])
+def test_the_first_credential_that_is_there_is_sent(tmp_path, monkeypatch, sent, settings, environ,
+                                                    login, expected):
+    for name, value in {**environ, "CLAUDE_CONFIG_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    if login:
+        (tmp_path / ".credentials.json").write_text(json.dumps(FILE_LOGIN))
+    wish = ccproxy.Settings(**{"upstream_url": "http://gateway", **settings})
+    found = ccproxy.Credentials(wish, wish.upstream_url).find(sent)
+    assert ccproxy.upstream_headers(sent, found) == expected
+
+
+def test_the_clis_login_is_read_again_when_it_changed_and_never_written(tmp_path, monkeypatch):
+    path = tmp_path / ".credentials.json"
+    path.write_text(json.dumps(FILE_LOGIN))
+    os.chmod(path, 0o400)
+    before = path.stat()
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    credentials = ccproxy.Credentials(ccproxy.Settings(oauth=True), ccproxy.ANTHROPIC)
+    assert [credentials.find({}).headers[BEARER] for _ in "ab"] == ["Bearer sk-ant-oat01-file"] * 2
+    after = path.stat()
+    assert (before.st_mtime_ns, before.st_mode, before.st_ino) == (
+        after.st_mtime_ns, after.st_mode, after.st_ino)
+    renewed = tmp_path / "renewed"
+    renewed.write_text(json.dumps(FILE_LOGIN).replace("01-file", "01-next"))
+    renewed.replace(path)
+    assert credentials.find({}).headers[BEARER] == "Bearer sk-ant-oat01-next"
+    for odd in ("", "{", "[]", '{"claudeAiOauth": 1}', '{"claudeAiOauth": {"accessToken": "a\\nb"}}'):
+        path.unlink()
+        path.write_text(odd)
+        assert credentials.find({}) is None
+    path.unlink()
+    assert credentials.find({}) is None
+
+
+@pytest.mark.parametrize("path, dialect", [
+    ("/api/v1/messages", "messages"), ("/api/v1/chat/completions", "chat")])
+def test_an_expired_login_is_a_401_that_names_the_command_to_run(tmp_path, monkeypatch, path, dialect):
+    expired = {"claudeAiOauth": {"accessToken": "sk-ant-oat01-x", "expiresAt": 1e12}}
+    (tmp_path / ".credentials.json").write_text(json.dumps(expired))
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    with Odd(whole_answer()) as up, relaying(tmp_path, up, oauth=True) as base:
+        answer = relay(base, f"POST {path}")
+        assert answer.status == 401 and answer.error["type"] == "authentication_error"
+        assert "2001-09-09" in answer.error["message"]
+        assert "claude auth login" in answer.error["message"]
+        assert "claude setup-token" in answer.error["message"]
+        assert not up.heard and "sk-ant-oat" not in answer.body.decode()
+
+
+@pytest.mark.parametrize("field", ["x-api-key: proxy-secret", "Authorization: Bearer proxy-secret"])
+@pytest.mark.parametrize("path", ["/api/v1/messages", "/api/v1/chat/completions", "/api/v1/odd"])
+@pytest.mark.parametrize("key", ["", "sk-ant-own"])
+def test_the_callers_proxy_key_never_goes_upstream(tmp_path, monkeypatch, field, path, key):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", key)
+    stream = STREAM_HEAD + b"".join(map(chunk, FRAMES_UP)) + b"0\r\n\r\n"
+    with Odd(stream) as up, relaying(tmp_path, up, api_key="proxy-secret") as base:
+        assert relay(base, f"POST {path}").status == 401 and not up.heard
+        assert relay(base, f"POST {path}", field).status == 200
+        assert b"proxy-secret" not in b"".join(up.heard[0])
+        assert (b"sk-ant-own" in up.heard[0][0]) == bool(key)
+
+
+def test_without_any_credential_the_vendors_api_is_not_bothered(tmp_path):
+    with relaying(tmp_path, ccproxy.ANTHROPIC) as base:
+        for path in ("/api/v1/messages", "/api/v1/chat/completions", "/api/v1/models"):
+            answer = relay(base, f"POST {path}", "Authorization: Bearer sk-proj-of-somebody-else")
+            assert answer.status == 401 and "ANTHROPIC_API_KEY" in answer.error["message"]
+
+
+def test_oauth_says_at_start_what_it_does_and_what_the_terms_may_say(tmp_path):
+    with command(tmp_path, "--oauth") as proxy:
+        told = [line for line in proxy.log if "--oauth" in line]
+        assert len(told) == 1 and "terms" in told[0]
+    with command(tmp_path / "..", "--quiet") as proxy:
+        assert not any("oauth" in line for line in proxy.log)
+
+
+@pytest.mark.parametrize("environ, flags, code, words", [
+    ({}, [], 0, ["ok    chat  claude stand-in", "none  api   https://api.anthropic.com: none of its own"]),
+    ({}, ["--backend", "api"], 1, ["none  api"]),
+    ({"ANTHROPIC_API_KEY": "sk-ant-secret"}, ["--backend", "api"], 0,
+     ["ok    api   https://api.anthropic.com: API key from ANTHROPIC_API_KEY"]),
+    ({"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-secret"}, ["--oauth"], 0,
+     ["ok    api   https://api.anthropic.com: login from CLAUDE_CODE_OAUTH_TOKEN"]),
+    ({"ANTHROPIC_BASE_URL": "http://gateway/v1"}, [], 0, ["http://gateway: none"]),
+    ({"LOGIN": "4000000000000"}, ["--oauth"], 0, [".credentials.json, until 2096-10-02 07:06 UTC"]),
+    ({"LOGIN": "4000000000000"}, [], 0, ["none of its own", "see --oauth"]),
+    ({"LOGIN": "1000000000000"}, ["--oauth", "--backend", "api"], 1, ["expired at 2001-09-09"]),
+])
+def test_auth_status_shows_kind_source_and_expiry_and_never_a_value(tmp_path, environ, flags, code,
+                                                                    words):
+    if "LOGIN" in environ:
+        (tmp_path / ".claude").mkdir()
+        (tmp_path / ".claude" / ".credentials.json").write_text(json.dumps({"claudeAiOauth": {
+            "accessToken": "sk-ant-secret", "expiresAt": int(environ.pop("LOGIN"))}}))
+    told = run(tmp_path, "auth", "status", "--claude", "echo", *flags, **environ)
+    assert told.returncode == code and all(word in told.stdout for word in words), told.stdout
+    assert "secret" not in told.stdout + told.stderr
+
+
+def test_auth_status_shows_the_login_that_the_cli_tells_of(tmp_path):
+    fake = cli(tmp_path, """
+        if sys.argv[1:] == ["auth", "status"]:
+            print(json.dumps(dict(loggedIn=True, authMethod="claude.ai", email="a@b.c", token="t0ken")))
+            sys.exit()
+    """)
+    told = run(tmp_path, "auth", "--claude", fake.path)
+    assert "ok    chat  claude 2.1.330: authMethod claude.ai, email a@b.c" in told.stdout
+    assert "t0ken" not in told.stdout and told.returncode == 0
+
+
+@pytest.mark.parametrize("what, words", [("login", "auth login"), ("setup-token", "setup-token")])
+def test_auth_login_and_setup_token_hand_over_to_the_cli(tmp_path, what, words):
+    fake = cli(tmp_path, """
+        if "--version" not in sys.argv:
+            print("argv:", *sys.argv[1:], "CLAUDECODE" in os.environ)
+            sys.exit(7)
+    """)
+    told = run(tmp_path, "auth", what, "--claude", fake.path, CLAUDECODE="1")
+    assert told.returncode == 7 and f"argv: {words} False" in told.stdout
+
+
+@pytest.mark.parametrize("argv", [["doctor", "login"], ["auth", "logout"], ["--backend", "agents"],
+                                  ["--upstream-url", "ftp://x"], ["--upstream-url", "http://a@b"],
+                                  ["--upstream-ca", "/nowhere", "--upstream-url", "https://x"],
+                                  ["--max-streams", "0"]])
+def test_odd_words_about_the_upstream_are_refused_at_start(tmp_path, argv):
+    told = run(tmp_path, *argv, "--claude", "echo", "--port", "0")
+    assert told.returncode == 2 and argv[-1].lstrip("-") and "Traceback" not in told.stderr
+    assert re.search("choose|upstream|backend|belongs|number", told.stderr)
+
+
+def test_a_proxy_whose_upstream_is_itself_does_not_start(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = run(tmp_path, "--claude", "echo", "--port", str(port),
+               ANTHROPIC_BASE_URL=f"http://localhost:{port}/")
+    assert told.returncode == 2 and "ANTHROPIC_BASE_URL" in told.stderr
+
+
+# -- faults
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+    return False
+
+
+def hang(sock):
+    sock.recv(1)
+    return False
+
+
+def after(*pieces, then=lambda sock: False):
+    """An answer: these bytes, then the fault."""
+    def play(sock):
+        sock.sendall(b"".join(pieces))
+        time.sleep(0.1)
+        return then(sock)
+    return play
+
+
+FAULTS_UP = {   # what the upstream does -> (status, words); before anything was said
+    "reset": (reset, 502, ""), "ended": (lambda sock: False, 502, "without an answer"),
+    "garbage": (lambda sock: sock.sendall(b"\x16\x03\x01 nonsense\r\n\r\n") or False, 502, "no HTTP"),
+    "half a head": (lambda sock: sock.sendall(b"HTTP/1.1 200 OK\r\nContent-") or False, 502, ""),
+    "hang": (hang, 504, ""),
+    "odd status": (lambda sock: sock.sendall(b"HTTP/1.1 99999 Odd\r\n\r\n") or False, 502, "HTTP"),
+    "a gateway's page": (whole_answer(b"<html><h1>Bad gateway</h1>", status="502 Bad Gateway",
+                                      kind="text/html"), 502, "Bad gateway"),
+    "a page with 429": (whole_answer(b"slow down", "Retry-After: 9", status="429 Many", kind=""), 429,
+                        "slow down"),
+    "503 without a body": (whole_answer(b"", status="503 Busy", kind=""), 503, "503")}
+UP_PATHS = {"messages": "/api/v1/messages", "chat": "/api/v1/chat/completions",
+            "responses": "/api/v1/responses"}
+
+
+@pytest.mark.parametrize("fault", FAULTS_UP)
+@ALL
+def test_a_fault_before_the_answer_is_an_error_in_the_dialect(tmp_path, own_key, dialect, fault):
+    play, status, words = FAULTS_UP[fault]
+    body = json.loads(ASK_UP)
+    body = {"model": "claude-sonnet-5", "input": "hi"} if dialect == "responses" else body
+    with Odd(play) as up, relaying(tmp_path, up, stall_timeout=0.5, request_timeout=1.0) as base:
+        answer = relay(base, f"POST {UP_PATHS[dialect]}", body=body)
+        assert answer.status == status and words in answer.error["message"], answer.body
+        assert len(up.heard) == 1 and answer.headers["content-type"] == "application/json"
+        assert (answer.json.get("type") == "error") == (dialect == "messages")
+        assert answer.headers.get("retry-after") == ("9" if status == 429 else None)
+        assert up.connections == 1
+
+
+@pytest.mark.parametrize("url, words", [
+    ("http://127.0.0.1:1", "refuses connections"), ("http://no-such-host.invalid", "resolved"),
+    ("https://no-such-host.invalid", "resolved")])
+@ALL
+def test_an_upstream_that_cannot_be_reached_is_a_502(tmp_path, own_key, dialect, url, words):
+    body = {"model": "claude-sonnet-5", "input": "hi"} if dialect == "responses" else ASK_UP
+    with relaying(tmp_path, url) as base:
+        answer = relay(base, f"POST {UP_PATHS[dialect]}", body=body)
+        assert answer.status == 502 and words in answer.error["message"]
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({}, "certificate is not trusted"), ({"upstream_ca": True}, "")], ids=["unknown", "upstream_ca"])
+def test_tls_upstream_needs_a_certificate_that_is_trusted(tmp_path, own_key, pem, settings, words):
+    import ssl
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*pem)
+    with Odd(whole_answer(), context=context) as up, relaying(
+            tmp_path, up, **({"upstream_ca": pem[0]} if settings else {})) as base:
+        for _ in range(3):
+            answer = relay(base)
+            assert answer.status == (502 if words else 200), answer.body
+            assert not words or words in answer.error["message"]
+        assert up.connections == (3 if words else 1)
+
+
+def test_tls_to_an_upstream_that_speaks_none_is_a_502(tmp_path, own_key):
+    with Odd(whole_answer()) as up, relaying(
+            tmp_path, up.url.replace("http:", "https:"), connect_timeout=2) as base:
+        sock = http_connect(up.url)         # it answers a hello with nothing that is TLS
+        sock.close()
+        answer = relay(base)
+        assert answer.status in (502, 504) and answer.error["message"].startswith("upstream 127")
+
+
+BROKEN_UP = {      # how a stream that has begun goes wrong -> (what the upstream does, status, words)
+    "reset": (after(STREAM_HEAD, *map(chunk, FRAMES_UP[:3]), then=reset), "api_error"),
+    "ended": (after(STREAM_HEAD, *map(chunk, FRAMES_UP[:3])), "api_error"),
+    "inside a chunk": (after(STREAM_HEAD, *map(chunk, FRAMES_UP[:3]), b"500\r\nevent: "), "api_error"),
+    "inside a frame": (after(STREAM_HEAD, *map(chunk, FRAMES_UP[:3]), chunk(FRAMES_UP[3][:40])),
+                       "api_error"),
+    "odd chunk": (after(STREAM_HEAD, *map(chunk, FRAMES_UP[:3]), b"zz\r\n"), "api_error"),
+    "hang": (after(STREAM_HEAD, *map(chunk, FRAMES_UP[:3]), then=hang), "timeout_error"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_UP)
+@ALL
+def test_a_fault_inside_a_stream_is_the_dialects_error_in_it(tmp_path, own_key, dialect, fault):
+    play, kind = BROKEN_UP[fault]
+    body = {**json.loads(ASK_UP), "stream": True}
+    if dialect == "responses":
+        body = {"model": "claude-sonnet-5", "input": "hi", "stream": True}
+    with Odd(play) as up, relaying(tmp_path, up, stall_timeout=0.4) as base:
+        answer = relay(base, f"POST {UP_PATHS[dialect]}", body=body)
+        assert answer.status == 200
+        told = [data for data in re.findall(r"data: (.*)", answer.body.decode())]
+        if fault == "inside a frame" and dialect == "messages":     # its bytes had been passed on
+            del told[3]
+        assert "Hel" in answer.body.decode() and "message_stop" not in answer.body.decode()
+        last = json.loads(told[-2 if dialect == "chat" else -1])
+        assert told[-1] == "[DONE]" or dialect != "chat"
+        if dialect == "responses":
+            assert last["type"] == "response.failed" and last["response"]["error"]["message"]
+        else:
+            expected = kind if dialect == "messages" else "server_error"
+            assert last["error"]["type"] == expected and "upstream" in last["error"]["message"]
+        assert len(up.heard) == 1
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 500000\r\n", b"Content-Length: 5000\r\n", b"Transfer-Encoding: chunked\r\n"])
+def test_a_whole_answer_that_breaks_off_is_never_taken_for_whole(tmp_path, own_key, head):
+    with Odd(after(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n1000\r\n" + b"x" * 4000)) as up, \
+            relaying(tmp_path, up) as base:
+        raw = read_all(http_connect(base, request("GET /api/v1/files")))
+        assert not raw.endswith(b"0\r\n\r\n") and len(raw) < 5000
+        assert raw.startswith(b"HTTP/1.1 502") or head != b"Content-Length: 5000\r\n"
+        assert ask(base, "GET /health").status == 200
+
+
+@pytest.mark.parametrize("play", [hang, after(STREAM_HEAD, then=hang), after(
+    STREAM_HEAD, *map(chunk, FRAMES_UP[:3]), then=hang), after(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 999999\r\n\r\nx", then=hang)],
+    ids=["before its head", "behind its head", "inside a stream", "inside a body"])
+@pytest.mark.parametrize("path", ["/api/v1/messages", "/api/v1/chat/completions"])
+def test_a_client_that_goes_ends_the_upstream_connection_within_2_s(tmp_path, own_key, path, play):
+    if "999999" in str(play.__closure__) and "chat" in path:
+        path = "/api/v1/files"
+    with Odd(play) as up, relaying(tmp_path, up) as base:
+        sock = http_connect(base, request(f"POST {path}", body=ASK_UP))
+        assert until(lambda: up.heard)
+        time.sleep(0.3)
+        sock.close()
+        assert until(lambda: up.ended == 1, 2.0)
+
+
+# -- safety
+
+@pytest.mark.parametrize("path", [
+    "/api/v1/../../secret", "/api/../v1/messages", "/api/v1/%2e%2e/x", "/api/v1/%252e%252e/x",
+    "/api//evil.example/x", "/api/v1//x", "/api/v1/%2F%2Fevil", "/api/v1/a%5Cb", "/api/v1/a\\b",
+    "/api/v1/..", "/api/v1/.", "/api/v1/a%00b", "/api/v1/a%0d%0aX-Y:%20z", "/api/v1/models/..",
+    "/%61pi/v1/odd"])
+def test_a_path_that_could_mean_another_one_is_refused(tmp_path, own_key, path):
+    with Odd(whole_answer()) as up, relaying(tmp_path, up.url + "/base") as base:
+        assert ask(base, f"GET {path}").status in (400, 404) and not up.heard
+        assert ask(base, "GET /api/v1/odd").status == 200
+        assert up.lines[""] == "GET /base/v1/odd HTTP/1.1"
+
+
+@pytest.mark.parametrize("start, field, status", [
+    ("GET http://evil.example/api/v1/odd", "X-A: b", 403),
+    ("GET /api/v1/odd", "Host: evil.example", 403),
+    ("GET /api/v1/odd", "Origin: http://evil.example", 403),
+    ("CONNECT evil.example:443", "X-A: b", 400), ("TRACE /api/v1/odd", "X-A: b", 405)])
+def test_no_other_host_is_reached_and_no_web_page_gets_in(tmp_path, own_key, start, field, status):
+    with Odd(whole_answer()) as up, relaying(tmp_path, up) as base:
+        assert ask(base, start, field).status == status and not up.heard
+
+
+def test_the_body_goes_upstream_with_one_length_of_our_own(tmp_path, own_key):
+    chunked = b"5\r\n{\"a\":\r\n2;x=y\r\n1}\r\n0\r\nX-Trailer: 1\r\n\r\n"
+    with Odd(whole_answer()) as up, relaying(tmp_path, up) as base:
+        raw = request("POST /api/v1/odd", "Transfer-Encoding: chunked", "Content-Type: application/json",
+                      close=True) + chunked
+        assert answers(talk(base, raw))[0].status == 200
+        assert up.heard[0][1] == b'{"a":1}' and up.lines["content-length"] == "7"
+        assert "transfer-encoding" not in up.lines and "x-trailer" not in up.lines
+        both = request("POST /api/v1/odd", "Transfer-Encoding: chunked", body=b"{}")
+        assert answers(talk(base, both))[0].status == 400 and len(up.heard) == 1
+
+
+def test_a_messages_request_has_to_be_json_and_within_max_body(tmp_path, own_key):
+    with Odd(whole_answer()) as up, relaying(tmp_path, up, max_body=1000) as base:
+        assert relay(base, "POST /api/v1/messages", "Content-Type: text/plain").status == 415
+        assert relay(base, body=b"x" * 1001).status == 413
+        assert relay(base, "POST /api/v1/odd", body=b"x" * 1001).status == 413
+        assert not up.heard
+        assert relay(base, "POST /api/v1/files", "Content-Type: multipart/form-data; boundary=x",
+                     body=b"--x--").status == 200
+
+
+def test_proxies_of_the_environment_are_used_but_for_no_proxy(tmp_path, own_key, monkeypatch):
+    with Odd(whole_answer()) as way, Odd(whole_answer(b'"direct"')) as up:
+        monkeypatch.setenv("http_proxy", way.url.replace("//", "//user:pass@"))
+        with relaying(tmp_path, "http://api.example:81/base") as base:
+            assert relay(base).status == 200
+            assert way.lines[""] == "POST http://api.example:81/base/v1/messages HTTP/1.1"
+            assert way.lines["host"] == "api.example:81" and way.heard[0][1] == ASK_UP
+            assert base64.b64decode(way.lines["proxy-authorization"].split()[1]) == b"user:pass"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with relaying(tmp_path, up) as base:
+            assert relay(base).body == b'"direct"' and len(way.heard) == 1
+
+
+def test_https_goes_through_a_proxy_by_connect(tmp_path, own_key, monkeypatch, pem):
+    import ssl
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*pem)
+
+    def tunnel(sock):
+        sock.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+        with context.wrap_socket(sock, server_side=True) as inner:
+            file = inner.makefile("rb")
+            lines = read_head(file).splitlines(True)
+            seen.append((lines[0], file.read(len(ASK_UP))))
+            inner.sendall(whole_answer())
+        return False
+    seen = []
+    with Odd(tunnel) as way:
+        monkeypatch.setenv("https_proxy", way.url)
+        with relaying(tmp_path, "https://localhost:4433", upstream_ca=pem[0]) as base:
+            assert relay(base).status == 200
+            assert way.lines[""].startswith("CONNECT localhost:4433 ")
+            assert b"sk-ant" not in way.heard[0][0]
+            assert seen == [(b"POST /v1/messages HTTP/1.1\r\n", ASK_UP)]
+
+
+# -- Chat and Responses over Messages
+
+@pytest.fixture(scope="module")
+def api():
+    fake = FakeAPI()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def up(api, tmp_path, own_key):
+    """A proxy in front of the fake API; .api is that, with nothing heard yet."""
+    api.clear()
+    with relaying(tmp_path, api) as base:
+        yield UpstreamBench(base, api)
+
+
+class UpstreamBench(NamedTuple):
+    url: str
+    api: FakeAPI
+
+
+def up_ask(up, dialect, said, stream=False, **more):
+    """(status, headers, final object) of a request to /api in Chat or Responses."""
+    body = {"model": "claude-sonnet-5", "stream": stream, **more}
+    body["messages" if dialect == "chat" else "input"] = said if isinstance(said, list) else [
+        {"role": "user", "content": said}]
+    return ask(up.url, "POST " + UP_PATHS[dialect], body=body)
+
+
+TRANSLATED = pytest.mark.parametrize("dialect", ["chat", "responses"])
+
+
+@TRANSLATED
+@whole_and_streamed
+def test_another_dialect_is_served_over_messages(up, dialect, stream):
+    limit = {"max_tokens" if dialect == "chat" else "max_output_tokens": 77}
+    answer = up_ask(up, dialect, "hi there", stream, temperature=0.3, top_p=None, **limit)
+    assert answer.status == 200
+    text = answer.body.decode()
+    assert "You said: hi there" in (answer.text if not stream else "".join(
+        re.findall(r'"(?:content|delta)":"([^"]*)"', text)))
+    body = up.api.bodies[0]
+    assert body["temperature"] == 0.3 and body["max_tokens"] == 77 and body["stream"] is True
+    assert heard(body) == [("user", [{"type": "text", "text": "hi there"}])] and "system" not in body
+    method, path, headers = up.api.heads[0]
+    assert (method, path) == ("POST", "/v1/messages")
+    assert headers["x-api-key"] == "sk-ant-own" and headers["anthropic-version"] == "2023-06-01"
+    assert headers["user-agent"] == f"ccproxy/{ccproxy.__version__}"
+    assert answer.headers["x-cc-model"] == "claude-sonnet-5"
+
+
+def test_nothing_of_claude_code_is_imitated_upstream(up):
+    up_ask(up, "chat", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}])
+    said = json.dumps([up.api.bodies, up.api.heads]).lower()
+    assert up.api.bodies[0]["system"] == [{"type": "text", "text": "Be brief."}]
+    assert "claude code" not in said and "claude-cli" not in said and "billing" not in said
+
+
+def test_a_tool_round_trip_reaches_the_api_as_real_blocks(up):
+    tools = [tool("look up", description="x")]
+    first = up_ask(up, "chat", 'CALL:look_up_0 ARGS:{"q": 1}', tools=tools, tool_choice="required")
+    sent = up.api.bodies[0]
+    assert sent["tool_choice"] == {"type": "any"} and len(sent["tools"]) == 1
+    assert re.fullmatch(r"look_up_[0-9a-f]{8}", sent["tools"][0]["name"])
+    call = first.json["choices"][0]["message"]["tool_calls"][0]
+    second = up_ask(up, "chat", [
+        {"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [
+            {**call, "function": {"name": "look up", "arguments": '{"q": 1}'}}]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "found"}], tools=tools)
+    assert second.text == "You said: found"
+    roles = heard(up.api.bodies[1])
+    assert [role for role, _ in roles] == ["user", "assistant", "user"]
+    assert roles[1][1][0]["name"] == sent["tools"][0]["name"] and roles[1][1][0]["input"] == {"q": 1}
+    assert roles[2][1][0]["tool_use_id"] == call["id"]
+    marks = [b for m in up.api.bodies[1]["messages"] for b in m["content"] if "cache_control" in b]
+    assert len(marks) == 1 and marks[0]["type"] == "tool_result"
+
+
+def test_calls_in_a_history_have_their_tools_even_if_the_caller_sends_none(up):
+    up_ask(up, "chat", [
+        {"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "found"}])
+    body = up.api.bodies[0]
+    assert [t["name"] for t in body["tools"]] == ["f"] and body["tool_choice"] == {"type": "none"}
+
+
+def test_what_a_model_refuses_is_dropped_told_and_remembered(up):
+    for tries in (2, 1):
+        up.api.clear()
+        answer = up_ask(up, "chat", "hi", model="claude-opus-5", temperature=0.2)
+        assert answer.status == 200 and answer.headers["x-cc-ignored-params"] == "temperature"
+        assert len(up.api.bodies) == tries and "temperature" not in up.api.bodies[-1]
+
+
+@pytest.mark.parametrize("model, effort, thinking", [
+    ("claude-opus-5", {"effort": "high"}, {"type": "adaptive"}), ("claude-sonnet-4-0", None, None)])
+def test_effort_asks_for_thinking_where_the_model_knows_it(up, model, effort, thinking):
+    answer = up_ask(up, "chat", "THINK", model=model, reasoning_effort="high")
+    assert answer.status == 200 and answer.json["choices"][0]["message"]["reasoning_content"] == "let me see"
+    sent = up.api.bodies[-1]
+    assert sent.get("output_config") == effort and sent.get("thinking") == thinking
+    assert ("x-cc-ignored-params" in answer.headers) == (effort is None)
+
+
+CLOSED = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+          "additionalProperties": False}
+
+
+@pytest.mark.parametrize("model, schema, native", [
+    ("claude-sonnet-5", CLOSED, True), ("claude-sonnet-4-0", CLOSED, False),
+    ("claude-sonnet-5", {"type": "object", "properties": {}}, False),
+    ("claude-sonnet-5-5", CLOSED, True), ("claude-sonnet-5-5", {"type": "object"}, False)])
+@whole_and_streamed
+@TRANSLATED
+def test_a_schema_is_answered_natively_or_else_by_a_tool(up, dialect, stream, model, schema, native):
+    form = {"type": "json_schema", "name": "n", "schema": schema}
+    wish = {"text": {"format": form}} if dialect == "responses" else {
+        "response_format": {"type": "json_schema", "json_schema": form}}
+    answer = up_ask(up, dialect, 'JSON:{"a": 1}', stream, model=model, **wish)
+    assert answer.status == 200, answer.body
+    said = answer.text if not stream else "".join(
+        json.loads(f'"{piece}"') for piece in re.findall(
+            r'"(?:content|delta)":"((?:[^"\\]|\\.)*)"', answer.body.decode()))
+    assert json.loads(said) == {"a": 1}
+    sent = up.api.bodies[-1]
+    assert (sent.get("output_config", {}).get("format") == {
+        "type": "json_schema", "schema": schema}) == native
+    assert [t["name"] for t in sent.get("tools", [])] == [ccproxy.ANSWER] * (not native)
+    forced = {"type": "tool", "name": ccproxy.ANSWER}
+    assert native or sent.get("tool_choice") == (None if "5-5" in model else forced)
+    tries = len(up.api.bodies)
+    assert up_ask(up, dialect, 'JSON:{"a": 1}', stream, model=model, **wish).status == 200
+    assert len(up.api.bodies) == tries + 1      # what was refused is remembered
+
+
+def test_a_schema_beside_tools_leaves_the_model_its_choice(up):
+    wish = {"response_format": {"type": "json_object"}, "tools": [tool("f")]}
+    called = up_ask(up, "chat", "CALL:f ARGS:{}", **wish)
+    assert called.json["choices"][0]["finish_reason"] == "tool_calls"
+    assert up.api.bodies[-1]["tool_choice"] == {"type": "any"}
+    assert json.loads(up_ask(up, "chat", 'JSON:{"b": 2}', **wish).text) == {"b": 2}
+
+
+def test_an_answer_to_a_schema_that_is_none_is_an_error(up):
+    answer = up_ask(up, "chat", "NOJSON", response_format={"type": "json_object"})
+    assert answer.status == 502 and "schema" in answer.error["message"]
+
+
+@pytest.mark.parametrize("words, status, kind", [
+    ("ERR:429 WAIT:7", 429, "rate_limit_error"), ("ERR:529", 529, "server_error"),
+    ("ERR:401", 401, "authentication_error"), ("ERR:404", 404, "invalid_request_error")])
+def test_the_apis_own_errors_come_in_the_dialect(up, words, status, kind):
+    answer = up_ask(up, "chat", words)
+    assert answer.status == status and answer.error["type"] == kind
+    assert answer.error["message"].startswith("fake") and len(up.api.bodies) == 1
+    assert answer.headers.get("retry-after") == ("7" if status == 429 else None)
+
+
+def test_an_error_event_of_the_api_ends_the_stream_with_its_words(up):
+    told = frames(up_ask(up, "chat", "STREAMERR now", True).body)
+    assert told[-2][1]["error"]["message"] == "Overloaded" and told[-1][1] == "[DONE]"
+    whole = up_ask(up, "chat", "STREAMERR now")
+    assert whole.status == 529 and whole.error["message"] == "Overloaded"
+
+
+@pytest.mark.parametrize("asked, settings, model", [
+    ("sonnet", {}, "claude-sonnet-5"), ("anthropic/sonnet", {}, "claude-sonnet-5"),
+    ("opus", {}, "claude-opus-5"), ("sonnet[1m]", {}, "claude-sonnet-5"),
+    ("claude-new-9", {}, "claude-new-9"), ("gpt-4o", {}, "claude-sonnet-5"),
+    ("house-model", {}, "house-model"), ("gpt-4o", {"model": "opus"}, "claude-opus-5"),
+    ("gpt-4o", {"models": {"gpt-*": "opus"}}, "claude-opus-5"),
+    ("fast", {"models": {"fast": "claude-x-1"}}, "claude-x-1"), ("haiku", {}, "claude-sonnet-5")])
+def test_model_names_mean_what_the_upstream_lists(api, tmp_path, own_key, asked, settings, model):
+    api.clear()
+    with relaying(tmp_path, api, **settings) as base:
+        answer = up_ask(UpstreamBench(base, api), "chat", "hi", model=asked)
+        assert answer.json["model"] == asked and api.bodies[0]["model"] == model
+
+
+def test_the_list_of_models_is_asked_for_once(up):
+    for _ in range(3):
+        assert up_ask(up, "chat", "hi", model="sonnet").status == 200
+    assert sum(path.startswith("/v1/models") for _, path, _ in up.api.heads) == 1
+
+
+def test_counting_asks_the_upstream(up):
+    told = up_ask(up, "responses", "hi")
+    counted = ask(up.url, "POST /api/v1/responses/input_tokens",
+                  body={"model": "sonnet", "input": "hi"})
+    assert counted.json == {"object": "response.input_tokens", "input_tokens": 15} and told.status == 200
+    assert set(up.api.counted[0]) == {"model", "messages"}
+
+
+def test_stored_responses_go_on_over_the_upstream(up):
+    first = up_ask(up, "responses", "one")
+    up_ask(up, "responses", "two", previous_response_id=first.json["id"])
+    assert [role for role, _ in heard(up.api.bodies[1])] == ["user", "assistant", "user"]
+
+
+# -- as the default backend
+
+def test_as_the_default_backend_the_api_serves_every_route_and_no_cli_is_started(api, tmp_path, own_key):
+    api.clear()
+    fake = cli(tmp_path)
+    with relaying(tmp_path, api, backend="api", claude=fake.path, warm=2) as base:
+        assert relay(base, "POST /v1/messages").json["content"][0]["text"] == "You said: hé"
+        assert json.loads(ASK_UP) == api.bodies[0]
+        assert relay(base, "POST /v1/chat/completions").text == "You said: hé"
+        assert relay(base, "POST /v1/messages/count_tokens").json["input_tokens"] > 0
+        listed = ask(base, "GET /v1/models").json
+        assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == [
+            "claude-opus-5", "claude-sonnet-5", "claude-sonnet-4-6", "house-model"]
+        assert listed["data"][0]["owned_by"] == "anthropic" and listed["data"][0]["display_name"]
+        assert ask(base, "GET /v1/files?x=1").status == 404 and api.heads[-1][1] == "/v1/files?x=1"
+        assert ask(base, "GET /nothing").status == 404 and api.heads[-1][1] == "/v1/files?x=1"
+        assert ask(base, "GET /readyz").json["upstream"] == api.url
+        assert ask(base, "GET /status").json["backend"] == "api" and not fake.pids
+        assert ask(base, "POST /chat/v1/messages", body=question("hi")).text == "fine"
+        assert fake.pids
+
+
+def test_claude_codes_probe_is_answered_here(url):
+    assert ask(url, "HEAD /api/hello").status == 200 and ask(url, "GET /api/hello").status == 200
+
+
+def test_doctor_looks_at_the_upstream_if_that_serves(api, tmp_path):
+    told = run(tmp_path, "doctor", "--backend", "api", "--upstream-url", api.url, "--claude", "echo",
+               ANTHROPIC_API_KEY="sk-ant-own")
+    assert told.returncode == 0 and f"upstream {api.url}, models: claude-opus-5" in told.stdout
+    failed = run(tmp_path, "doctor", "--backend", "api", "--upstream-url", "http://127.0.0.1:1",
+                 "--claude", "echo", ANTHROPIC_API_KEY="sk-ant-own")
+    assert failed.returncode == 1 and "refuses connections" in failed.stdout
+
+
+def test_the_log_tells_model_usage_and_reason_of_what_was_relayed(api, tmp_path):
+    with command(tmp_path, "--upstream-url", api.url, ANTHROPIC_API_KEY="sk-ant-own") as proxy:
+        relay(proxy.url)
+        relay(proxy.url, body={**json.loads(ASK_UP), "stream": True})
+        assert until(lambda: len(proxy.log) == 2)
+        for line in proxy.log:
+            assert re.search(r"POST /api/v1/messages claude-sonnet-5 200 first \d+ ms total \d+ ms in 18 "
+                             r"out [17] end_turn req_", line), line
+        assert "sk-ant" not in proxy.stderr.read_text()
+
+
+# -- pure
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_events_are_found_however_the_stream_is_cut(line_end):
+    data = (b": comment\n\n" + b"".join(FRAMES_UP) + b"data: [DONE]\n\nid: 7\n\n").replace(b"\n", line_end)
+    for pieces in every_split(data):
+        found = ccproxy.Frames()
+        assert [json.dumps(e) for piece in pieces for e in found.feed(piece)] == EVENTS_UP
+
+
+@pytest.mark.parametrize("data", [b"data: {\n\n", b"data: 1\n\n", b"data: {}\n\n", b"data: \xff\n\n",
+                                  b'data: {"type": 0}\n\ndata: [' + b"[" * 10**5 + b"\n\n"])
+def test_an_event_that_is_none_is_a_502(data):
+    with pytest.raises(ApiError) as caught:
+        found = ccproxy.Frames().feed(data)
+        raise AssertionError(found)
+    assert caught.value.status == 502
+
+
+def test_a_long_event_in_many_pieces_takes_linear_time():
+    counted = ccproxy.Frames()
+    pieces = [b'data: {"type": "x", "t": "'] + [b"y" * 65536] * 200 + [b'"}\n\n']
+    assert [len(e["t"]) for piece in pieces for e in counted.feed(piece)] == [200 * 65536]
+    with pytest.raises(ApiError):
+        for _ in range(2000):
+            counted.feed(b"y" * 65536)
+
+
+@pytest.mark.parametrize("coding", ["", "gzip", "br"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_tap_reads_both_ends_of_an_answer_of_any_length(coding, stream):
+    import gzip
+    filler = 'Some \\"usage\\": {\\"output_tokens\\": 99} text. ' * 20_000
+    if stream:
+        delta = f'data: {{"type":"content_block_delta","delta":{{"text":"{filler[:900]}"}}}}\n\n'
+        data = b"".join(FRAMES_UP[:2]) + delta.encode() * 500 + b"".join(FRAMES_UP[4:])
+    else:
+        data = (f'{{"model":"claude-sonnet-5","content":[{{"type":"text","text":"{filler}"}}],'
+                '"stop_reason":"end_turn","usage":{"input_tokens":11,"output_tokens":7}}').encode()
+    data, tap = gzip.compress(data) if coding == "gzip" else data, ccproxy.Tap(coding)
+    for at in range(0, len(data), 1000):
+        tap.feed(data[at:at + 1000])
+    message = tap.message()
+    if coding == "br":
+        assert not any(message.tokens()) and message.stop_reason is None
+    else:
+        assert message.tokens() == (11, 0, 7) and message.stop_reason == "end_turn"
+        assert message.start["model"] == "claude-sonnet-5"
+
+
+def test_the_tap_is_not_troubled_by_what_is_no_answer():
+    for coding in ("", "gzip", "deflate"):
+        for data in (b"", b"\x1f\x8b garbage", b'"usage": {', b'"usage": [1]', b'"stop_reason": null'):
+            tap = ccproxy.Tap(coding)
+            tap.feed(data)
+            assert tap.message().tokens() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("turn, expected", [
+    ({"fields": {}}, {"max_tokens": ccproxy.MAX_OUTPUT}),
+    ({"fields": {"thinking": {"type": "enabled", "budget_tokens": 50_000}}},
+     {"max_tokens": ccproxy.MAX_OUTPUT + 50_000}),
+    ({"fields": {"max_tokens": 5}}, {"max_tokens": 5}),
+    ({"fields": {"stop_sequences": ["x"], "top_k": 3}}, {"stop_sequences": ["x"], "top_k": 3}),
+    ({"fields": {"effort": "low"}}, {"output_config": {"effort": "low"}, "thinking": {"type": "adaptive"}}),
+    ({"system": "S"}, {"system": [{"type": "text", "text": "S"}]}),
+])
+def test_a_turn_becomes_a_messages_request(turn, expected):
+    messages = ({"role": "user", "content": [{"type": "text", "text": "hi"}]},)
+    made = ccproxy.messages_request(ccproxy.upstream_turn(ccproxy.Turn("m", messages, **turn)), "m")
+    assert {name: made[name] for name in expected} == expected
+    assert made["model"] == "m" and made["stream"] is True and made["messages"] == list(messages)
+
+
 # == The real CLI ==================================================================================
 
 DIALECTS_REAL = ("chat", "messages")
@@ -6360,3 +7464,32 @@ def test_no_child_is_left_when_the_proxy_has_ended(real, tmp_path, number, code)
     finally:
         proxy.kill()
         proxy.communicate()
+
+
+# -- the CLI as a client of /api
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("key", ["", "proxy-key"], ids=["its own key", "the proxy's key"])
+def test_claude_code_itself_works_through_the_relay(real, tmp_path, key):
+    (tmp_path / "note.txt").write_text("the word is heron")
+    settings = {"api_key": key} if key else {}
+    with ccproxy.running(claude="echo", warm=0, upstream_url=real.api.url,
+                         state_dir=str(tmp_path / "state"), **settings) as base:
+        words = f'CALL:Read ARGS:{{"file_path": "{tmp_path}/note.txt"}}'
+        told = subprocess.run(
+            [real.claude, "-p", words, "--output-format", "json", "--model", MODEL],
+            cwd=str(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+            env=environment(tmp_path, ANTHROPIC_BASE_URL=f"{base}/api",
+                            ANTHROPIC_API_KEY=key or "sk-ant-caller",
+                            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_AUTOUPDATER="1"))
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "heron" in json.loads(told.stdout)["result"]
+    results = [b for _, blocks in heard(real.api.bodies[-1]) for b in blocks
+               if b["type"] == "tool_result"]
+    assert len(results) == 1 and "heron" in json.dumps(results)
+    asked = [(path, {n.lower(): v for n, v in headers.items()})
+             for method, path, headers in real.api.heads if method == "POST"]
+    assert len(asked) >= 2 and {path for path, _ in asked} == {"/v1/messages?beta=true"}
+    assert {sent["x-api-key"] for _, sent in asked} == {"sk-ant-dummy" if key else "sk-ant-caller"}
+    assert all(sent["user-agent"].startswith("claude-cli/") and sent["anthropic-beta"]
+               for _, sent in asked)

@@ -3,6 +3,7 @@
 
     bench.py ──HTTP───> ccproxy.py ──stdin──> claude ──HTTP──> fake API      rows c, d, e, f
     bench.py ──stdin─────────────────────────> claude ──HTTP──> fake API      rows a, b
+    bench.py ──HTTP───> ccproxy.py ──HTTP──> an upstream                      rows of /api
 
 The by-hand rows send the very lines that ccproxy sends (its pure functions are imported), so a
 difference is the proxy's own.  Every round measures every row, whatever disturbs hits all alike;
@@ -116,27 +117,99 @@ def run_api():
     sys.stdin.read()
 
 
-# == The /health client: raw sockets, one request in flight on each ================================
+# == The upstream of the relay rows, and a client of raw sockets ===================================
 
-def run_load(port, connections, seconds):
-    """The role of the process `bench.py load PORT N SECONDS`: requests per second on stdout."""
-    request = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % port
-    selector = selectors.DefaultSelector()
+DELTAS = 500                # of a streamed answer
+ASKED = {"messages": "/v1/messages", "stream": "/v1/messages", "chat": "/v1/chat/completions"}
+
+
+def http_message(head, body):
+    return b"%s\r\nContent-Length: %d\r\n\r\n%s" % (head, len(body), body)
+
+
+def relay_request(kind, port, prefix=""):
+    """The bytes of one request of a kind: health, messages (whole), stream, chat (streamed)."""
+    if kind == "health":
+        return b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % port
+    body = {"model": "claude-sonnet-5", "max_tokens": 1000, "messages": [user("Count.")],
+            "stream": kind != "messages"}
+    head = (f"POST {prefix}{ASKED[kind]} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nx-api-key: "
+            "sk-ant-dummy\r\nanthropic-version: 2023-06-01\r\nContent-Type: application/json")
+    return http_message(head.encode(), json.dumps(body).encode())
+
+
+def upstream_answers():
+    """What the upstream says, whole and streamed, each ready to be sent in one piece; as the API
+    does it, every event is a chunk of its own."""
+    start, opening, *_, closing, end = api_events()
+    delta = {"type": "content_block_delta", "index": 0,
+             "delta": {"type": "text_delta", "text": "word "}}
+    stop = {"type": "content_block_stop", "index": 0}
+    frames = [f"event: {e['type']}\ndata: {json.dumps(e)}\n\n".encode() for e in (
+        start, opening, *[delta] * DELTAS, stop, closing, end)]
+    head = b"HTTP/1.1 200 OK\r\nrequest-id: req_bench\r\nContent-Type: "
+    message = {**start["message"], "content": [{"type": "text", "text": "One two three four."}],
+               "stop_reason": "end_turn"}
+    return (http_message(head + b"application/json", json.dumps(message).encode()),
+            head + b"text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(
+                b"%x\r\n%s\r\n" % (len(f), f) for f in frames) + b"0\r\n\r\n")
+
+
+def run_upstream():
+    """The role of the process `bench.py upstream`: one thread, its port on stdout."""
+    listener, selector = socket.create_server(("127.0.0.1", 0), backlog=256), \
+        selectors.DefaultSelector()
+    print(listener.getsockname()[1], flush=True)
+    whole, streamed = upstream_answers()
+    selector.register(listener, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                sock = listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                selector.register(sock, selectors.EVENT_READ, bytearray())
+                continue
+            data = b""
+            with contextlib.suppress(OSError):
+                data = key.fileobj.recv(65536)
+            if not data:
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+                continue
+            key.data.extend(data)
+            if key.data.endswith(b"}"):     # the last byte of its body
+                with contextlib.suppress(OSError):
+                    key.fileobj.sendall(streamed if re.search(
+                        rb'"stream": ?true', key.data) else whole)
+                key.data.clear()
+
+
+def run_load(port, kind, connections, seconds, prefix=""):
+    """The role of the process `bench.py load PORT KIND N SECONDS [PREFIX]`, with one request in
+    flight on each connection: answers per second and the median of their ms on stdout."""
+    request, selector, begun = relay_request(kind, port, prefix), selectors.DefaultSelector(), {}
+    tails = {}
+    last = b"}" if kind in ("health", "messages") else b"\r\n0\r\n\r\n"
+
+    def ask(sock):
+        begun[sock], tails[sock] = time.perf_counter(), b""
+        sock.sendall(request)
     for _ in range(connections):
         sock = socket.create_connection(("127.0.0.1", port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         selector.register(sock, selectors.EVENT_READ)
-        sock.sendall(request)
-    done, start = 0, time.perf_counter()
+        ask(sock)
+    took, start = [], time.perf_counter()
     while time.perf_counter() < start + seconds:
         for key, _ in selector.select(1):
-            piece = key.fileobj.recv(65536)
-            if not piece:
-                raise SystemExit("bench: the proxy closed a connection")
-            if piece.endswith(b"}"):        # the last byte of its JSON
-                done += 1
-                key.fileobj.sendall(request)
-    print(done / (time.perf_counter() - start))
+            piece = key.fileobj.recv(1 << 18)
+            if not piece or piece.startswith(b"HTTP") and piece[9:12] != b"200":
+                raise SystemExit(f"bench: {kind} was answered {piece[:300]!r}")
+            tails[key.fileobj] = (tails[key.fileobj] + piece)[-len(last):]
+            if tails[key.fileobj] == last:
+                took.append(time.perf_counter() - begun[key.fileobj])
+                ask(key.fileobj)
+    print(len(took) / (time.perf_counter() - start), 1000 * statistics.median(took))
 
 
 # == What is measured ==============================================================================
@@ -433,8 +506,9 @@ def table(samples):
         yield line
 
 
-def judged(value, most, words):
-    return f"   {words.format(most)}{'' if value <= most else '  MISSED'}"
+def judged(value, goal, words, more=False):
+    """The goal, and whether it was missed: a most, or with `more` a least."""
+    return f"   {words.format(goal)}{'' if (value >= goal if more else value <= goal) else '  MISSED'}"
 
 
 def measure_start(lab, times):
@@ -452,18 +526,58 @@ def measure_start(lab, times):
     return statistics.median(proxy_ms), statistics.median(python_ms)
 
 
+def load(lab, port, kind, connections, seconds, prefix=""):
+    """(answers per second, median ms) that a client of that many connections sees."""
+    step(f"{kind} on {connections} connections")
+    argv = [sys.executable, os.path.abspath(__file__), "load", str(port), kind, str(connections),
+            str(seconds), prefix]
+    told = lab.start(argv, os.environ, stderr=None).communicate()[0].split()
+    if len(told) != 2:
+        raise SystemExit(f"bench: {kind} on {connections} connections failed")
+    return float(told[0]), float(told[1])
+
+
 def measure_health(lab, seconds, times):
     """Requests of /health per second, as {connections: median}; and resident MB before them."""
     proxy, rates = Proxy(lab, "--warm", "0"), {1: [], 16: []}
     rss = proxy.rss_mb()
     for _ in range(times):
         for connections, found in rates.items():
-            step("/health")
-            argv = [sys.executable, os.path.abspath(__file__), "load", str(proxy.port),
-                    str(connections), str(seconds)]
-            found.append(float(lab.start(argv, os.environ, stderr=None).communicate()[0]))
+            found.append(load(lab, proxy.port, "health", connections, seconds)[0])
     proxy.stop()
     return {n: statistics.median(found) for n, found in rates.items()}, rss
+
+
+RELAY_ROWS = (      # what is asked, connections, unit of the rate, events an answer, to reach
+    ("messages", 1, "requests/s", 1, 1000), ("messages", 16, "requests/s", 1, 1000),
+    ("messages", 64, "requests/s", 1, 1000),
+    ("stream", 1, "deltas/s", DELTAS, 60000), ("stream", 32, "deltas/s", DELTAS, 60000),
+    ("chat", 1, "deltas/s", DELTAS, 20000), ("chat", 32, "deltas/s", DELTAS, 20000))
+
+
+def measure_relay(lab, seconds, times):
+    """The rows of /api: what the proxy adds to an upstream that answers at once.  Each time every
+    row is measured against the upstream itself and through the proxy; lines of text, medians."""
+    api = lab.start([sys.executable, os.path.abspath(__file__), "upstream"], os.environ)
+    port = int(api.stdout.readline())
+    proxy = Proxy(lab, "--backend", "api", "--upstream-url", f"http://127.0.0.1:{port}")
+    found = {row: ([], []) for row in RELAY_ROWS}
+    for _ in range(times):
+        for row, (direct, relayed) in found.items():
+            direct.append(load(lab, port, *row[:2], seconds))
+            relayed.append(load(lab, proxy.port, *row[:2], seconds, "/api"))
+    proxy.stop()
+    yield f"{'/api, upstream and client on the same machine':46}{'direct':>9}{'proxy':>9}"
+    for (kind, connections, unit, events, goal), samples in found.items():
+        (_, direct_ms), (rate, ms) = ([statistics.median(column) for column in zip(*side)]
+                                      for side in samples)
+        direct = statistics.median(sample[0] for sample in samples[0])
+        line = (f"{kind}, {connections} connection{'s' * (connections > 1)}, {unit}".ljust(46)
+                + f"{direct * events:9.0f}{rate * events:9.0f}"
+                + judged(rate * events, goal, "to reach: {:g}", True))
+        if kind == "messages" and connections == 1:
+            line += f"   added {ms - direct_ms:.2f} ms" + judged(ms - direct_ms, 1, "to reach: {} ms")
+        yield line
 
 
 def step(what):
@@ -521,6 +635,8 @@ def main():
         print("/health                  " + ", ".join(
             f"{rate:6.0f} requests/s on {n} connection{'s' * (n > 1)}"
             for n, rate in rates.items()))
+        for line in measure_relay(lab, *((0.5, 1) if options.quick else (1.5, 3))):
+            print(line)
         signal.alarm(0)
 
 
@@ -528,6 +644,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["fake-api"]:
         run_api()
     elif sys.argv[1:2] == ["load"]:
-        run_load(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+        run_load(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), *sys.argv[6:])
+    elif sys.argv[1:2] == ["upstream"]:
+        run_upstream()
     else:
         main()
