@@ -1132,6 +1132,7 @@ def chat_body(message: Message) -> dict:
 
 def chat_error(error: ApiError) -> dict:
     code = None if error.kind == "invalid_request" else error.kind
+    code = (error.details or {}).get("code", code)
     if "prompt is too long" in error.message.lower():       # clients compact on this code
         code = "context_length_exceeded"
     return {"error": {"message": error.message, "type": ERRORS[error.kind][2], "param": error.param,
@@ -1310,7 +1311,8 @@ REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error messag
     "temperature": r"\btemperature\b", "top_p": r"\btop_p\b", "top_k": r"\btop_k\b",
     "stop_sequences": r"\bstop_sequences\b", "tool_choice": r"\btool_choice\b",
     "format": r"output_config(?!\.effort)|output_format|structured output",
-    "effort": r"\beffort\b|output_config: ", "thinking": r"\bthinking\b"}
+    "effort": r"\beffort\b|output_config: ", "thinking": r"\b[Tt]hinking\b"}
+ANSWER = "StructuredOutput"             # the CLI's tool for answers that match a schema
 VALUE = re.compile("hould|less than|greater than|not found|nvalid|shorter|longer|requires")
 
 
@@ -1334,10 +1336,14 @@ def features(turn: Turn) -> dict[str, str]:
 
 
 def without(turn: Turn, name: str) -> Turn:
-    """The turn without one of its features; of a forced choice remains what was not forced."""
+    """The turn without one of its features; of a forced choice remains what was not forced, and
+    instead of the API's own format a tool is forced."""
     fields = {k: v for k, v in turn.fields.items() if k != name}
     if name == "tool_choice" and turn.fields[name].get(SINGLE):
         fields[name] = {"type": "auto", SINGLE: True}
+    if name == "format":
+        fields.setdefault("tool_choice", {"type": "any"} if turn.tools else
+                          {"type": "tool", "name": ANSWER})
     if name == "thinking" and name not in turn.fields:      # an old CLI with a newer model
         fields[name] = {"type": "adaptive"}
     messages = turn.messages
@@ -1361,11 +1367,13 @@ def refusal_rule(turn: Turn, message: str) -> dict | None:
         return {"drop": found["thinking"], "with": [], "once": True}
     named = sorted((match.start(), order, name) for order, (name, pattern) in enumerate(
         REFUSABLE.items()) for match in [re.search(pattern, message)] if match and name in found)
-    if "type.enabled" not in message and found["thinking"] == "thinking.default":
-        named = [entry for entry in named if entry[2] != "thinking"]
     names = [name for _, _, name in named if "budget_tokens" not in message]
     names = ["thinking_blocks"] if "thinking_blocks" in names else names
-    if not names or re.match(r"(tools|system)\.|messages\.", message) and names[0] in turn.fields:
+    silent = found["thinking"] == "thinking.default" and "type.enabled" not in message
+    if silent or ("tool_choice" in names and "thinking" in turn.said):
+        names.sort(key=lambda name: name == "thinking")     # a condition, not what is dropped
+    if not names or (silent and names == ["thinking"]) or re.match(
+            r"(tools|system)\.|messages\.", message) and names[0] in turn.fields:
         return None                         # it speaks of something else
     rule = {"drop": found[names[0]], "with": sorted(found[n] for n in names[1:])}
     if "signature" in message:              # that is the history's fault, not the model's
@@ -1392,6 +1400,7 @@ class Receipt:
     conversation: str = ""                  # new, continued or rebuilt
     ignored: list[str] = field(default_factory=list)
     cost: float | None = None               # US dollars, if the CLI said it
+    upstream: str = ""                      # the upstream's own id of the request
 
 
 class Refusals:
@@ -1410,7 +1419,12 @@ class Refusals:
     def apply(self, turn: Turn, model: str, more: list[dict]) -> Turn:
         """The turn without what the model is known to refuse, and without `more`."""
         rules = self.rules.get(model, []) + more
-        turn = with_thinking(turn, [rule["drop"] for rule in rules if not rule["with"]])
+        always = [rule for rule in rules if not rule["with"]]
+        turn = self._obey(turn, [r for r in always if not r["drop"].startswith("thinking.")])
+        return self._obey(with_thinking(turn, [rule["drop"] for rule in always]), rules)
+
+    @staticmethod
+    def _obey(turn: Turn, rules: list[dict]) -> Turn:
         for rule in rules:
             found = features(turn)
             for name in [n for n, feature in found.items() if feature == rule["drop"]]:
@@ -1473,7 +1487,6 @@ class Refusals:
 # To follow a new CLI: record what it says, replay it in the tests, change Reply.
 
 SERVER = "client"                       # the MCP server under which the client's tools are listed
-ANSWER = "StructuredOutput"             # the CLI's tool for answers that match a schema
 ANSWER_HELP = ("Use this tool to return your final response in the requested structured format. "
                "You MUST call this tool exactly once at the end of your response.")
 NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
@@ -1986,7 +1999,9 @@ class Store:
         name = need(name, "previous_response_id", str).encode("ascii", "replace").decode()
         earlier = self.context(name, caller)
         if not earlier:
-            raise refusal("previous_response_id", f"no response {name[:100]!r} is stored")
+            raise ApiError("invalid_request", f"previous_response_id: no response {name[:100]!r} is "
+                           "stored", "previous_response_id",
+                           details={"code": "previous_response_not_found"})
         return earlier
 
     def keep(self, response: dict, items: Any, caller: str) -> None:
@@ -3144,6 +3159,10 @@ class Exchange:
             if self._over:
                 return b""
 
+    def header(self, name: str) -> str:
+        """A field of the answer's head, "" if it is not there; of several the last."""
+        return dict((known.lower(), value) for known, value in self.headers).get(name, "")
+
     @property
     def ready(self) -> bool:
         """Whether read() has something to give at once."""
@@ -3159,12 +3178,11 @@ class Exchange:
         return b"".join(pieces)
 
     def close(self) -> None:
-        with self._lock:
-            self.closed, sock = True, self._sock
+        with self._lock, contextlib.suppress(OSError):  # its thread closes nothing meanwhile, or
+            self.closed = True                          # another's socket could have the number
+            if self._sock is not None:      # wakes the thread that waits for it
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
         self._room.set()
-        if sock is not None:                # wakes the thread that waits for it
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class Links:
@@ -3198,7 +3216,8 @@ class Links:
     def send(self, exchange: Exchange, url: str) -> Any:
         """Send an exchange's request: the response, whose head has come."""
         director = self.prepare()
-        request = sys.modules["urllib.request"].Request(url, method=exchange.method)
+        import urllib.request
+        request = urllib.request.Request(url, method=exchange.method)
         request.exchange = exchange
         return director.open(request, timeout=self.settings.connect_timeout)
 
@@ -3214,11 +3233,11 @@ class Links:
         Tried again once: if a kept one turns out to be dead before it has taken anything.
         """
         exchange, link = request.exchange, self._take()
-        added = {name.lower(): value for name, value in request.header_items()}     # of a proxy
+        added = {} if request._tunnel_host else request.headers     # a proxy's own, of urllib
         headers = {**exchange.request_headers, **added, "host": self._base.netloc}
         kept = link is not None
         while True:
-            link = exchange.link = link or self._connect(request, exchange, headers)
+            link = exchange.link = link or self._connect(request, exchange)
             try:
                 exchange.own(link.sock)
                 link.sock.settimeout(exchange.wait_s)
@@ -3241,7 +3260,7 @@ class Links:
 
     https_open = http_open
 
-    def _connect(self, request: Any, exchange: Exchange, headers: dict[str, str]) -> Any:
+    def _connect(self, request: Any, exchange: Exchange) -> Any:
         import http.client
         secure = request.type == "https"
         name, port = (request.host, 443) if secure and not request._tunnel_host else (
@@ -3250,9 +3269,8 @@ class Links:
                                           timeout=self.settings.connect_timeout)
         if request._tunnel_host:
             far = request._tunnel_host
-            word = headers.pop("proxy-authorization", None)
             link.set_tunnel(far if re.search(r":\d+\Z", far) else far + ":443",
-                            headers={"Proxy-Authorization": word} if word else {})
+                            headers=request.headers)
         link.connect()
         if secure:
             sock = self.context.wrap_socket(
@@ -3316,8 +3334,6 @@ def upstream_turn(turn: Turn) -> Turn:
         fields.setdefault("thinking", {"type": "adaptive"})
     if turn.schema is not None:
         fields["format"] = hashlib.sha256(encode_json(turn.schema)).hexdigest()[:16]
-        fields.setdefault("tool_choice", {"type": "any"} if turn.tools else
-                          {"type": "tool", "name": ANSWER})
     return replace(turn, fields=fields)
 
 
@@ -3340,7 +3356,6 @@ def messages_request(turn: Turn, model: str) -> dict:
         choice = {**choice, "name": wire_name(choice["name"])}
     if turn.schema is not None and "format" in turn.fields:
         output["format"] = {"type": "json_schema", "schema": turn.schema}
-        choice = choice if "tool_choice" in turn.said else {}
     elif turn.schema is not None:
         tools.append({"name": ANSWER, "description": ANSWER_HELP, "input_schema": turn.schema})
     messages = [{**message, "content": [
@@ -3480,14 +3495,14 @@ class Upstream:
         headers = self.headers(own_headers(sent))
         model = await self.resolve(turn.model, headers)
         bursts = self.refusals.insist(upstream_turn(turn), lambda: f"{model} upstream", message,
-                                      receipt, lambda plan: self._play(plan, model, headers))
+                                      receipt, lambda plan: self._play(plan, model, headers, receipt))
         try:
             async for events in bursts:
                 yield events
         finally:
             await bursts.aclose()
 
-    async def _play(self, turn: Turn, model: str, headers: Mapping[str, str]
+    async def _play(self, turn: Turn, model: str, headers: Mapping[str, str], receipt: Receipt
                     ) -> AsyncIterator[list[dict]]:
         """One try of a turn; the upstream's events go through the same fold as the CLI's."""
         reply, frames = Reply(replace(turn, schema=None) if "format" in turn.fields else turn,
@@ -3496,6 +3511,7 @@ class Upstream:
             messages_request(turn, model)), self.settings.stall_timeout)
         try:
             await exchange.open()
+            receipt.upstream = exchange.header("request-id")
             if exchange.status != 200:
                 raise upstream_refusal(exchange.status, exchange.headers,
                                        await exchange.read_all(ERROR_LIMIT))
@@ -3866,7 +3882,8 @@ class Call:
 
     def told(self) -> dict[str, str]:
         """The headers of the answer, with how the turn was served."""
-        told = {"X-CC-Conversation": self.receipt.conversation, "X-CC-Ignored-Params":
+        told = {"X-CC-Conversation": self.receipt.conversation,
+                "X-CC-Upstream-Request-Id": self.receipt.upstream, "X-CC-Ignored-Params":
                 ", ".join(self.receipt.ignored)[:2000],
                 "X-CC-Model": str(self.message.start.get("model", "") if self.message else "")}
         return {**self.headers, **{name: value for name, value in told.items() if value}}
@@ -4175,7 +4192,6 @@ class App:
     async def _pass_on(self, call: Call, exchange: Exchange) -> None:
         await exchange.open()
         connection = call.connection
-        told = {name.lower(): value for name, value in exchange.headers}
         call.status, first = exchange.status, b""
         if exchange.status >= 400 and call.dialect:     # a gateway's page is no answer
             first = await exchange.read_all(ERROR_LIMIT)
@@ -4184,8 +4200,8 @@ class App:
                 call.dialect = None
             if call.dialect:
                 raise upstream_refusal(exchange.status, exchange.headers, first)
-        coding = told.get("content-encoding", "")
-        if told.get("content-type", "").startswith("text/event-stream") and (
+        coding = exchange.header("content-encoding")
+        if exchange.header("content-type").startswith("text/event-stream") and (
                 exchange.length is None and coding in ("", "identity")):
             call.passed = b""
         tap = Tap(coding)

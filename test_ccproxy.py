@@ -2925,14 +2925,14 @@ BLAMED = [      # (fields of the turn, message of the API, what is dropped)
 ]
 
 
-def blamed(fields):
+def blamed(fields, **more):
     fields = dict(fields)
-    return turn(messages=fields.pop("messages", (ASK,)), fields=fields)
+    return turn(messages=fields.pop("messages", (ASK,)), fields=fields, **more)
 
 
 @pytest.mark.parametrize("fields, message, dropped", BLAMED)
 def test_the_field_that_a_refusal_names_is_found_and_dropped(fields, message, dropped):
-    asked = blamed(fields)
+    asked = blamed(fields, said={name: name for name in fields})
     found, rule = ccproxy.features(asked), ccproxy.refusal_rule(asked, message)
     if dropped is None:
         assert rule is None
@@ -2948,6 +2948,29 @@ def test_two_fields_refused_together_are_refused_only_together():
     asked = blamed({"temperature": 0.5, "top_p": 0.5})
     assert ccproxy.refusal_rule(asked, "`temperature` and `top_p` cannot both be set") == {
         "drop": "temperature", "with": ["top_p"]}
+
+
+FORCED = "Thinking may not be enabled when tool_choice forces tool use."
+
+
+@pytest.mark.parametrize("fields, said_too, message, rule", [
+    ({"tool_choice": ANY}, {}, FORCED, {"drop": "tool_choice", "with": ["thinking.default"]}),
+    ({"tool_choice": ANY, "thinking": ON}, {"thinking": "thinking"}, FORCED,
+     {"drop": "tool_choice", "with": ["thinking.enabled"]}),
+    ({"tool_choice": ANY, "thinking": ADAPTIVE}, {}, FORCED,     # that was our own idea
+     {"drop": "thinking.adaptive", "with": ["tool_choice"]}),
+    ({"temperature": 0.5}, {}, "`temperature` may only be set to 1 when thinking is enabled.",
+     {"drop": "temperature", "with": ["thinking.default"]}),
+    ({}, {}, "Thinking is odd here", None)])
+def test_what_thinking_forbids_is_forbidden_only_beside_it(fields, said_too, message, rule):
+    assert ccproxy.refusal_rule(blamed(fields, said=said_too), message) == rule
+
+
+def test_what_is_known_to_be_refused_switches_no_thinking_off(tmp_path):
+    known = ccproxy.Refusals(str(tmp_path / "refusals.json"))
+    known.learn("m", [{"drop": "temperature", "with": []}])
+    assert known.apply(blamed({"temperature": 0.5}), "m", []).fields == {}
+    assert known.apply(blamed({"top_k": 5}), "m", []).fields == {"top_k": 5, "thinking": OFF}
 
 
 def test_what_was_not_forced_of_a_dropped_choice_remains():
@@ -6107,18 +6130,21 @@ def test_https_goes_through_a_proxy_by_connect(tmp_path, own_key, monkeypatch, p
         sock.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
         with context.wrap_socket(sock, server_side=True) as inner:
             file = inner.makefile("rb")
-            lines = read_head(file).splitlines(True)
-            seen.append((lines[0], file.read(len(ASK_UP))))
-            inner.sendall(whole_answer())
+            for _ in "ab":
+                head = read_head(file)
+                seen.append((head.splitlines()[0], file.read(len(ASK_UP))))
+                assert b"proxy-auth" not in head.lower()
+                inner.sendall(whole_answer())
         return False
     seen = []
     with Odd(tunnel) as way:
-        monkeypatch.setenv("https_proxy", way.url)
+        monkeypatch.setenv("https_proxy", way.url.replace("//", "//user:pass@"))
         with relaying(tmp_path, "https://localhost:4433", upstream_ca=pem[0]) as base:
-            assert relay(base).status == 200
-            assert way.lines[""].startswith("CONNECT localhost:4433 ")
+            assert [relay(base).status for _ in "ab"] == [200, 200]
+            assert way.lines[""].startswith("CONNECT localhost:4433 ") and len(way.heard) == 1
             assert b"sk-ant" not in way.heard[0][0]
-            assert seen == [(b"POST /v1/messages HTTP/1.1\r\n", ASK_UP)]
+            assert base64.b64decode(way.lines["proxy-authorization"].split()[1]) == b"user:pass"
+            assert seen == [(b"POST /v1/messages HTTP/1.1", ASK_UP)] * 2
 
 
 # -- Chat and Responses over Messages
@@ -6171,6 +6197,7 @@ def test_another_dialect_is_served_over_messages(up, dialect, stream):
     assert headers["x-api-key"] == "sk-ant-own" and headers["anthropic-version"] == "2023-06-01"
     assert headers["user-agent"] == f"ccproxy/{ccproxy.__version__}"
     assert answer.headers["x-cc-model"] == "claude-sonnet-5"
+    assert answer.headers["x-cc-upstream-request-id"] == "req_fake"
 
 
 def test_nothing_of_claude_code_is_imitated_upstream(up):
@@ -6253,9 +6280,19 @@ def test_a_schema_is_answered_natively_or_else_by_a_tool(up, dialect, stream, mo
     assert [t["name"] for t in sent.get("tools", [])] == [ccproxy.ANSWER] * (not native)
     forced = {"type": "tool", "name": ccproxy.ANSWER}
     assert native or sent.get("tool_choice") == (None if "5-5" in model else forced)
+    assert not native or len(up.api.bodies) == 1 and "thinking" not in sent
     tries = len(up.api.bodies)
     assert up_ask(up, dialect, 'JSON:{"a": 1}', stream, model=model, **wish).status == 200
     assert len(up.api.bodies) == tries + 1      # what was refused is remembered
+
+
+def test_a_forced_tool_is_lost_to_no_request_that_did_not_ask_for_thinking(up):
+    tools, forced = [tool("f")], {"tool_choice": "required"}
+    for effort in ({}, {"reasoning_effort": "low"}, {}):
+        answer = up_ask(up, "chat", "CALL:f ARGS:{}", tools=tools, **forced, **effort)
+        assert answer.json["choices"][0]["finish_reason"] == "tool_calls"
+        assert up.api.bodies[-1]["tool_choice"] == {"type": "any"}
+        assert "x-cc-ignored-params" not in answer.headers
 
 
 def test_a_schema_beside_tools_leaves_the_model_its_choice(up):
