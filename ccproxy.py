@@ -37,6 +37,7 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -220,7 +221,8 @@ class Message:
 
     def tokens(self) -> tuple[int, int, int]:
         """Usage as (all input tokens, those read from the cache, output tokens)."""
-        cached, fresh, written, made = (self.usage.get(name) or 0 for name in (
+        counts = {k: v for k, v in self.usage.items() if isinstance(v, int)}
+        cached, fresh, written, made = (counts.get(name, 0) for name in (
             "cache_read_input_tokens", "input_tokens", "cache_creation_input_tokens",
             "output_tokens"))
         return cached + fresh + written, cached, made
@@ -403,7 +405,7 @@ MAX_HEAD = 32 * 1024            # bytes of request line and fields together
 MAX_FIELDS = 100
 LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/(\d)\.(\d)")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-NO_TEXT = re.compile(r"[^ -~\xa0-\xff]")        # nothing that a field's value may hold
+NO_TEXT = re.compile(r"[^\t -~\x80-\xff]")        # nothing that a field's value may hold
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 
 
@@ -1662,6 +1664,24 @@ def vendor_message(text: str) -> str:
     return re.sub(r"\.? (This is a server-side issue, usually|Run --model to).*", "", text)
 
 
+SHAPES: dict[str, tuple[str, ...]] = {      # what an event of the API's has to hold, as objects
+    "message_start": ("message",), "content_block_start": ("content_block",),
+    "content_block_delta": ("delta",), "message_delta": ("delta",), "error": ("error",)}
+SHAPE_TEXTS = {"type", "id", "name", "text", "thinking", "partial_json", "signature", "stop_reason",
+               "model", "message"}          # and what in there has to be a text, if it is there
+
+
+def check_event(event: dict) -> None:
+    """TypeError if an event is not of a shape that the fold and the dialects can read."""
+    inner = [event[name] for name in SHAPES.get(event["type"], ())]
+    for value in inner:
+        odd = [name for name in SHAPE_TEXTS & set(value) if not isinstance(
+            value[name], (str, type(None)))]
+        usage = value.get("usage", event.get("usage")) or {}
+        if odd or not isinstance(usage.get("output_tokens_details") or {}, dict):
+            raise TypeError(f"an event of type {event['type']} is malformed")
+
+
 class Reply:
     """One turn's stdout lines folded into the events of exactly one message.
 
@@ -1704,6 +1724,7 @@ class Reply:
         """The events of an upstream's own event, where no CLI is in between: what it would say of
         an error or an answer is said here."""
         try:
+            check_event(event)
             if event["type"] == "error":
                 kind = KIND_OF_TYPE.get(event["error"].get("type"), "backend_error")
                 self.failed = ApiError(kind, str(event["error"].get("message")))
@@ -1714,7 +1735,8 @@ class Reply:
                                     {"type": "result"})
             return events
         except (Died, KeyError, TypeError, AttributeError) as exc:
-            raise ApiError("backend_error", str(exc)) from None
+            raise ApiError("backend_error", f"{self._who} speaks another protocol: {exc}"[:300]
+                           ) from None
 
     def _feed(self, line: dict) -> list[dict] | None:
         kind, word = line.get("type"), line.get("subtype")
@@ -1999,8 +2021,8 @@ class Store:
         name = need(name, "previous_response_id", str).encode("ascii", "replace").decode()
         earlier = self.context(name, caller)
         if not earlier:
-            raise ApiError("invalid_request", f"previous_response_id: no response {name[:100]!r} is "
-                           "stored", "previous_response_id",
+            raise ApiError("invalid_request", f"previous_response_id: no response {name[:100]!r} "
+                           "is stored", "previous_response_id",
                            details={"code": "previous_response_not_found"})
         return earlier
 
@@ -2804,6 +2826,7 @@ PIECE = 64 * 1024               # bytes read at once
 AHEAD = 256 * 1024              # bytes read before the client has taken them
 FRAME_LIMIT = 64 * 2**20        # bytes of one event
 ERROR_LIMIT = 256 * 1024        # bytes of an error's body that are looked at
+PACKED = ("gzip", "deflate")    # codings that the standard library can undo
 LINK_TTL = 60.0                 # seconds an idle connection is kept
 MODELS_TTL = 3600.0             # seconds that the upstream's list of models is believed
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te",
@@ -2947,7 +2970,8 @@ def upstream_fault(exc: BaseException, host: str) -> ApiError:
         return exc
     kind, what = next(FAULTS[base.__name__] for base in type(exc).__mro__
                       if base.__name__ in FAULTS)
-    return ApiError(kind, f"upstream {host}: {what}" + (f": {exc}"[:300] if str(exc) else ""))
+    said = "" if what.endswith("HTTP") else str(exc)    # that would quote what came
+    return ApiError(kind, f"upstream {host}: {what}" + f": {said}"[:300] * bool(said))
 
 
 class Frames:
@@ -2984,6 +3008,14 @@ class Frames:
                            + data[:100].decode("utf-8", "replace")) from None
 
 
+def unpacked(data: bytes, coding: str) -> bytes:
+    """The beginning of a body without its compression, for a look at it."""
+    import zlib
+    with contextlib.suppress(zlib.error):
+        return zlib.decompressobj(47).decompress(data, ERROR_LIMIT) if coding in PACKED else data
+    return data
+
+
 class Tap:
     """What the log wants of a relayed answer (model, usage, stop reason), read from its two ends
     alone; its middle is neither decoded nor kept."""
@@ -2992,10 +3024,10 @@ class Tap:
     def __init__(self, coding: str) -> None:
         self._head = self._tail = b""
         self._plain = None
-        if coding in ("gzip", "deflate"):
+        if coding in PACKED:
             import zlib
             self._plain = zlib.decompressobj(47)        # of either kind, by its first bytes
-        self._blind = coding not in ("", "identity", "gzip", "deflate")
+        self._blind = coding not in ("", "identity", *PACKED)
 
     def feed(self, data: bytes) -> None:
         if self._blind:
@@ -3046,19 +3078,21 @@ class Exchange:
         self._lock, self._room = threading.Lock(), threading.Event()
         self._pieces: list[bytes] = []          # read, and not taken yet
         self._held, self._told = 0, False
-        self._over = self.closed = False
+        self._over = self.closed = self.connected = self._late = False
         self._error: ApiError | None = None
+        self.timer: asyncio.TimerHandle         # at which it has to be connected
         self.link: Any = None                   # the connection, until it is given back
         self._sock: Any = None
 
     # -- in its thread
 
     def run(self) -> None:
-        error = None
+        error, host = None, self.upstream.host
         try:
             self._receive(self.upstream.links.send(self, self.upstream.base + self.target))
         except Exception as exc:
-            error = upstream_fault(exc, self.upstream.host)
+            error = ApiError("timeout", f"upstream {host}: connecting took too long") if (
+                self._late) else upstream_fault(exc, host)
         with self._lock:
             self._over, self._error, self._sock = True, error, None
         if self.link:
@@ -3073,10 +3107,16 @@ class Exchange:
                 raise ConnectionAbortedError("nobody waits for it")
             self._sock = sock
 
+    def disown(self) -> None:
+        """The socket is about to be closed."""
+        with self._lock:
+            self._sock = None
+
     def _receive(self, response: Any) -> None:
         import http.client
         left = response.length              # None: until its last chunk, or the connection's end
-        whole = left is not None and left <= PIECE      # short: its head can wait for it
+        events = response.headers.get("content-type", "").startswith("text/event-stream")
+        whole = left is not None and left <= PIECE and not events   # its head can wait for it
         said = response.headers.get("content-length", "")
         bare = self.method == "HEAD" or response.status in (204, 304)
         self.length = left if not bare else int(said) if re.fullmatch("[0-9]{1,18}", said) else None
@@ -3085,7 +3125,7 @@ class Exchange:
             self._put(response.read1(PIECE))
             if not self._pieces:
                 raise http.client.RemoteDisconnected("no body, and no length of it")
-        if response.headers.get("content-type", "").startswith("text/event-stream"):
+        if events:
             self._sock.settimeout(self.upstream.settings.stall_timeout)
         if not whole:
             self.headers, self.status = head, response.status
@@ -3100,7 +3140,7 @@ class Exchange:
             raise http.client.IncompleteRead(b"", left)
         response.close()
         with self._lock:
-            if not response.will_close and not self.closed:
+            if response.clean and not (response.will_close or bare or self.closed):
                 self.upstream.links.put(self.link)
                 self._sock = self.link = None
         self.headers, self.status = head, response.status
@@ -3141,6 +3181,7 @@ class Exchange:
     async def open(self) -> None:
         """Wait for the answer's head.  ApiError if there is none."""
         await self._wait()
+        self.timer.cancel()
         if self._error and not self.status:
             raise self._error
 
@@ -3177,6 +3218,12 @@ class Exchange:
             size += len(data)
         return b"".join(pieces)
 
+    def late(self) -> None:
+        """The time to connect is up."""
+        if not (self.connected or self._over):
+            self._late = True
+            self.close()
+
     def close(self) -> None:
         with self._lock, contextlib.suppress(OSError):  # its thread closes nothing meanwhile, or
             self.closed = True                          # another's socket could have the number
@@ -3195,12 +3242,27 @@ class Links:
         self._base, self._idle = urllib.parse.urlsplit(base), deque()       # (since, link)
         self._director: Any = None
         self.context: Any = None            # of TLS
+        self.answer_class: Any = None
 
     def prepare(self) -> Any:
         """What opens requests, made at the first.  OSError if --upstream-ca cannot be used."""
         with self._lock:
             if self._director is None:
+                import http.client
                 import urllib.request       # 35 ms and 5 MB that others save
+
+                class Answer(http.client.HTTPResponse):
+                    """A response that knows whether something stands behind its end."""
+                    clean = False
+
+                    def _close_conn(self) -> None:
+                        with contextlib.suppress(OSError, ValueError, AttributeError):
+                            self.fp.raw._sock.settimeout(0)
+                            self.clean = True
+                            self.clean = not self.fp.peek(1)    # OSError: there is nothing
+                        super()._close_conn()
+
+                self.answer_class = Answer
                 if self._base.scheme == "https":
                     import ssl
                     self.context = ssl.create_default_context()
@@ -3254,11 +3316,30 @@ class Links:
                 if not kept or exchange.closed:
                     raise
                 link, kept = None, False
-        if exchange.body:
+        exchange.connected, broken = True, False
+        try:
             link.send(exchange.body)
-        return link.getresponse()
+        except ConnectionError:             # it may have answered early, and say why
+            broken = True
+        exchange.body = b""
+        response = link.getresponse()
+        while 101 < response.status < 200:  # http.client steps over 100 alone
+            response.headers = None
+            response.begin()
+        response.will_close |= broken
+        return self._checked(response)
 
     https_open = http_open
+
+    @staticmethod
+    def _checked(response: Any) -> Any:
+        """The response, if it leaves no doubt where its body ends."""
+        told = response.headers
+        codings = [value.strip().lower() for value in told.get_all("transfer-encoding", [])]
+        if response.status < 200 or told.defects or codings not in ([], ["chunked"]) or len(
+                set(told.get_all("content-length", []))) > 1:
+            raise ApiError("backend_error", "upstream: the head of its answer is malformed")
+        return response
 
     def _connect(self, request: Any, exchange: Exchange) -> Any:
         import http.client
@@ -3267,11 +3348,13 @@ class Links:
             request.host, 80)
         link = http.client.HTTPConnection(name, None if re.search(r":\d+\Z", name) else port,
                                           timeout=self.settings.connect_timeout)
+        link._create_connection = functools.partial(self._dial, exchange)
         if request._tunnel_host:
             far = request._tunnel_host
             link.set_tunnel(far if re.search(r":\d+\Z", far) else far + ":443",
                             headers=request.headers)
         link.connect()
+        link.response_class = self.answer_class         # of answers, not of a proxy's
         if secure:
             sock = self.context.wrap_socket(
                 link.sock, server_hostname=host_name(request._tunnel_host or request.host),
@@ -3280,6 +3363,25 @@ class Links:
             exchange.own(sock)
             sock.do_handshake()
         return link
+
+    @staticmethod
+    def _dial(exchange: Exchange, address: tuple, timeout_s: float, *_: Any) -> socket.socket:
+        """A connected socket, which the exchange can end before it is connected."""
+        trouble: OSError = OSError("it has no address")
+        for family, kind, proto, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, proto)
+            try:
+                sock.settimeout(timeout_s)
+                exchange.own(sock)
+                sock.connect(place)
+                return sock
+            except OSError as exc:
+                trouble = exc
+                exchange.disown()
+                sock.close()
+                if exchange.closed:
+                    break
+        raise trouble
 
     def _take(self) -> Any:
         """A kept connection that is still good: none that has ended, or says something unasked."""
@@ -3319,8 +3421,8 @@ def upstream_refusal(status: int, headers: list[tuple[str, str]], body: bytes) -
         page = re.sub(r"<[^>]*>|[^\x21-\x7e]+", " ", body[:4096].decode("utf-8", "replace"))
         message = f"the upstream answers {status} without JSON: {' '.join(page.split())[:200]}"
     if status < 400:
-        message = (f"the upstream answers {status} {told.get('location', '')}, which is not followed "
-                   "here; see --upstream-url")
+        message = (f"the upstream answers {status} {told.get('location', '')}, which is not "
+                   "followed here; see --upstream-url")
         status = 502
     retry_after = int(wait) if re.fullmatch(r"\d{1,6}", wait, re.ASCII) else None
     return status_error(status, message, retry_after)
@@ -3391,6 +3493,8 @@ class Upstream:
         self.exchanges: set[Exchange] = set()       # whose thread is busy
         self.models: list[dict] = []                # as the upstream lists them
         self._listed = -math.inf                    # when it was asked for them
+        self._unlisted: ApiError | None = None      # that it lists none
+        self._listing: asyncio.Lock | None = None
         self._threads = ThreadPoolExecutor(settings.max_streams, "upstream")
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -3402,7 +3506,14 @@ class Upstream:
                            "upstream already; try again, or raise --max-streams", retry_after=1)
         exchange = Exchange(self, method, target, headers, body, wait_s)
         self.exchanges.add(exchange)
-        self._threads.submit(exchange.run)
+        try:
+            self._threads.submit(exchange.run)
+        except RuntimeError as exc:         # no thread can be started; it is in line all the same
+            exchange.close()
+            raise ApiError("unavailable", f"no thread for the request: {exc}", retry_after=5
+                           ) from None
+        exchange.timer = asyncio.get_running_loop().call_later(
+            self.settings.connect_timeout, exchange.late)
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(LINK_TTL, self._expire)
         return exchange
@@ -3459,15 +3570,28 @@ class Upstream:
             exchange.close()
 
     async def known_models(self, headers: Mapping[str, str]) -> list[dict]:
-        """The models that the upstream lists, the newest first; [] if it lists none."""
-        now = asyncio.get_running_loop().time()
-        if now - self._listed > (MODELS_TTL if self.models else 30):
-            self._listed = now
-            listed = (await self._ask("GET", "/v1/models?limit=1000", headers, b"")).get("data")
-            models = [m for m in listed if isinstance(m, dict) and isinstance(m.get("id"), str)
-                      ] if isinstance(listed, list) else []
-            self.models = sorted(models, key=lambda m: str(m.get("created_at")), reverse=True)
-        return self.models
+        """The models that the upstream lists, the newest first.  ApiError if it lists none."""
+        clock = asyncio.get_running_loop().time
+        self._listing = self._listing or asyncio.Lock()     # 3.9 binds the loop here
+        async with self._listing:
+            if clock() - self._listed > (30 if self._unlisted else MODELS_TTL):
+                self._unlisted = None
+                try:
+                    told = await self._ask("GET", "/v1/models?limit=1000", headers, b"")
+                except ApiError as error:   # a caller's bad key says nothing for the others
+                    if error.status not in (404, 405, 501):
+                        raise
+                    self._unlisted = error
+                else:
+                    listed = told.get("data") if isinstance(told.get("data"), list) else []
+                    models = [m for m in listed
+                              if isinstance(m, dict) and isinstance(m.get("id"), str)]
+                    self.models = sorted(models, key=lambda m: str(m.get("created_at")),
+                                         reverse=True)
+                self._listed = clock()
+            if self._unlisted:
+                raise self._unlisted
+            return self.models
 
     async def resolve(self, asked: str, headers: Mapping[str, str]) -> str:
         """The upstream's name for a model: what --models maps, ids as they are, of a family the
@@ -3485,7 +3609,7 @@ class Upstream:
                 known for known in names if name in FAMILIES and name in known]
             if found:
                 return found[0]
-        return target if not names else default
+        return target
 
     # -- a turn
 
@@ -3494,8 +3618,9 @@ class Upstream:
         """Bursts of events of exactly one message, for a caller whose headers are `sent`."""
         headers = self.headers(own_headers(sent))
         model = await self.resolve(turn.model, headers)
-        bursts = self.refusals.insist(upstream_turn(turn), lambda: f"{model} upstream", message,
-                                      receipt, lambda plan: self._play(plan, model, headers, receipt))
+        bursts = self.refusals.insist(
+            upstream_turn(turn), lambda: f"{model} upstream", message, receipt,
+            lambda plan: self._play(plan, model, headers, receipt))
         try:
             async for events in bursts:
                 yield events
@@ -3582,7 +3707,8 @@ class Connection:
     """One client's connection: requests one after the other, an answer each."""
     request: Request | None = None          # the one that is being answered
     heartbeat: Callable[[], None] | None = None     # writes something harmless
-    head_sent = _keep = _chunked = _body_read = False
+    head_sent = _keep = _chunked = _body_read = _half_closed = False
+    _head = b""                             # begun, and not sent yet
 
     def __init__(self, server: Server, reader: asyncio.StreamReader,
                  writer: asyncio.StreamWriter, full: bool) -> None:
@@ -3599,6 +3725,8 @@ class Connection:
                 self.request, self.head_sent = parse_head(head), False
                 self._body_read = self.request.length == 0
                 self._keep = self.request.keep_alive and not self.server.stopping
+                if self._half_closed:       # before its request was looked at
+                    self.half_closed()
                 await self.server.handle(self, self.request)
                 self.request = self.heartbeat = None
                 head = await self._read_head() if self._keep and self._body_read else b""
@@ -3688,11 +3816,18 @@ class Connection:
         self._head = response_head(status, [
             *headers, *framing, ("Connection", "keep-alive" if self._keep else "close")])
 
+    def take_back(self) -> bool:
+        """Forget the beginning of an answer; False if some of it has been sent."""
+        unsent, self._head = bool(self._head), b""
+        self.head_sent = self.head_sent and not unsent
+        return unsent
+
     async def send(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
         """A whole answer; HEAD gets its head alone."""
         self.start(status, headers.items(), len(body))
         silent = self.request is not None and self.request.method == "HEAD"
         self.writer.write(self._head if silent else self._head + body)
+        self._head = b""
         await self.drain()
 
     def write(self, data: bytes) -> None:
@@ -3704,6 +3839,9 @@ class Connection:
     def abort(self) -> None:
         """End the connection at once: what was sent must not be taken for a whole answer."""
         self._keep = False
+        with contextlib.suppress(OSError, AttributeError):      # a reset: an end would look whole
+            self.writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii" if POSIX else "hh", 1, 0))
         self.writer.transport.abort()
 
     def end(self) -> None:
@@ -3713,15 +3851,16 @@ class Connection:
     async def drain(self) -> None:
         """Wait until the client has taken enough.  ConnectionError if it takes nothing for long."""
         if self.writer.transport.get_write_buffer_size() > BUFFER_LIMIT:
+            late = asyncio.get_running_loop().call_later(WRITE_TIMEOUT, self.abort)
             try:
-                await asyncio.wait_for(self.writer.drain(), WRITE_TIMEOUT)
-            except asyncio.TimeoutError:
-                self.abort()
-                raise ConnectionAbortedError("the client takes nothing") from None
+                await self.writer.drain()
+            finally:
+                late.cancel()
 
     # -- the client's end
 
     def half_closed(self) -> None:
+        self._half_closed = True
         if self.request is not None:
             asyncio.get_running_loop().create_task(self._probe(self.request))
 
@@ -3777,7 +3916,8 @@ class Server:
             import resource                 # at the end of descriptors asyncio's accept loop spins
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            self.limit = min(self.limit, max(8, hard - 128)) if hard > 0 else self.limit
+            left = max(8, hard - 128 - self.settings.max_streams)
+            self.limit = min(self.limit, left) if hard > 0 else self.limit
         self._server = await asyncio.get_running_loop().create_server(
             lambda: Wire(self), self.settings.host, self.settings.port, backlog=512, ssl=context)
         return self._server.sockets[0].getsockname()[1]
@@ -3832,8 +3972,8 @@ def route_path(path: str) -> tuple[str, str, str]:
     found = re.fullmatch(r"(.*?/(?:models|responses))/(.+)", "/" + path.strip("/"), re.S)
     path, name = found.groups() if found else (path, "")
     parts, backend = [part for part in path.split("/") if part], ""
-    if len(parts) > 1 and parts[0] in PREFIXES and parts[1] != "completions" and (
-            parts != ["api", "hello"]):     # Claude Code's probe
+    if (parts[:1] == ["chat"] and parts[1:2] not in ([], ["completions"])) or (
+            parts[:1] == ["api"] and parts != ["api", "hello"]):    # that is Claude Code's probe
         backend = parts.pop(0)
     known = "/" + "/".join(part for part in parts if part != "v1")
     for base in ("/chat/completions", "/messages", "/responses"):
@@ -3854,10 +3994,10 @@ def relay_target(request: Request) -> str:
     prefix, known, name = route_path(request.path)
     raw, mark, query = request.target.partition("?")
     if known in ROUTES and ROUTES[known][1] in ("answer", "count", "models"):
-        raw = "/v1" + known + urllib.parse.quote(name, safe="")
+        raw = "/v1" + known + raw.partition(known)[2].strip("/") * bool(name)
     elif prefix:
-        raw = raw[len(prefix) + 1:] if raw.startswith(f"/{prefix}/") else ""
-    return safe_path(raw.rstrip("/") if known in ROUTES else raw) + mark + query
+        raw = (raw[len(prefix) + 1:] or "/") if f"{raw}/".startswith(f"/{prefix}/") else ""
+    return safe_path(raw) + mark + query
 
 
 @dataclass
@@ -3950,7 +4090,7 @@ class Call:
         envelope = self.dialect.error(error) if self.dialect else {     # else for any reader
             "type": "error",
             "error": {**chat_error(error)["error"], **messages_error(error)["error"]}}
-        if not self.connection.head_sent:
+        if not self.connection.head_sent or self.connection.take_back():
             if error.retry_after:
                 self.headers["Retry-After"] = str(error.retry_after)
             if error.status == 401:
@@ -4083,6 +4223,8 @@ class App:
         if method not in (*served.split(", "), "HEAD"):
             call.headers["Allow"] = methods
             raise ApiError("method_not_allowed", f"{method} is not served here; use {methods}")
+        if work not in PUBLIC and origin is None and headers.get("sec-fetch-site") == "cross-site":
+            raise ApiError("forbidden", "another site's page may not call")    # an image, a link
         if work not in PUBLIC:
             call.receipt.caller = check_key(headers, self.settings.api_key)
         if method == "HEAD" and served == "POST":       # a probe
@@ -4179,10 +4321,9 @@ class App:
         request, target = call.request, relay_target(call.request)
         if call.dialect and request.method == "POST":
             self._need_json(call)
-        body = await call.connection.read_body(self.settings.max_body)
-        exchange = self.upstream.exchange(
-            request.method, target, self.upstream.headers(request.headers), body,
-            self.settings.request_timeout)
+        exchange = self.upstream.exchange(      # which alone holds the body, until it is sent
+            request.method, target, self.upstream.headers(request.headers),
+            await call.connection.read_body(self.settings.max_body), self.settings.request_timeout)
         try:
             await self._in_time(self._pass_on(call, exchange))
         finally:
@@ -4193,14 +4334,14 @@ class App:
         await exchange.open()
         connection = call.connection
         call.status, first = exchange.status, b""
-        if exchange.status >= 400 and call.dialect:     # a gateway's page is no answer
-            first = await exchange.read_all(ERROR_LIMIT)
-            with contextlib.suppress(ValueError, RecursionError):
-                json.loads(first)
-                call.dialect = None
-            if call.dialect:
-                raise upstream_refusal(exchange.status, exchange.headers, first)
         coding = exchange.header("content-encoding")
+        if exchange.status >= 400 and call.dialect and coding in ("", *PACKED):
+            first = await exchange.read_all(ERROR_LIMIT)
+            plain = unpacked(first, coding)
+            try:
+                json.loads(plain)
+            except (ValueError, RecursionError):        # a gateway's page is no answer
+                raise upstream_refusal(exchange.status, exchange.headers, plain) from None
         if exchange.header("content-type").startswith("text/event-stream") and (
                 exchange.length is None and coding in ("", "identity")):
             call.passed = b""

@@ -4832,6 +4832,7 @@ def test_what_is_not_stored_cannot_be_read_or_continued(url):
         status, _, told = post(url, "/v1/responses", {
             "model": "m", "input": "two", "previous_response_id": name})
         assert (status, told["error"]["param"]) == (400, "previous_response_id")
+        assert told["error"]["code"] == "previous_response_not_found"
         assert name in told["error"]["message"]
     status, _, told = post(url, "/v1/responses", {"model": "m", "input": "two",
                                                   "previous_response_id": 5})
@@ -5547,6 +5548,7 @@ def own_key(monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-own")
 
 
+TRANSLATED = pytest.mark.parametrize("dialect", ["chat", "responses"])
 ASK_UP = b'{"model": "claude-sonnet-5",  "max_tokens": 9, "messages":[{"role":"user","content":"h\xc3\xa9"}]}'
 
 
@@ -5718,6 +5720,200 @@ def test_a_kept_connection_that_takes_nothing_is_replaced_once(tmp_path, own_key
         monkeypatch.setattr(ccproxy.Links, "_take", take)
         assert relay(base).status == 200
         assert (up.connections, len(up.heard)) == (2, 2)
+
+
+@pytest.mark.parametrize("interim", [b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n",
+                                     b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 199 Odd\r\n\r\n"])
+def test_interim_answers_are_stepped_over(tmp_path, own_key, interim):
+    def play(sock):
+        sock.sendall(interim)
+        time.sleep(0.1)
+        sock.sendall(whole_answer(b'{"for": %d}' % len(up.heard)))
+    with Odd(play) as up, relaying(tmp_path, up) as base:
+        assert [relay(base).json["for"] for _ in range(3)] == [1, 2, 3]
+
+
+SURPLUS = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n\"EVIL\""
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("start, answer", [
+    ("HEAD /api/v1/files", whole_answer(b'"body of HEAD"')),
+    ("GET /api/v1/files", b"HTTP/1.1 204 No\r\nContent-Length: 4\r\n\r\nbody"),
+    ("GET /api/v1/files", b"HTTP/1.1 304 No\r\n\r\n" + SURPLUS),
+    ("GET /api/v1/files", whole_answer(b"1234") + SURPLUS),
+    ("GET /api/v1/files", whole_answer(b"1234") + b"x" * 9000 + SURPLUS),
+    ("GET /api/v1/files", STREAM_HEAD + b"0\r\n\r\n" + SURPLUS)])
+def test_nothing_behind_an_answer_reaches_the_next_caller(tmp_path, own_key, pem, start, answer, secure):
+    import ssl
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*pem)
+    with Odd(answer, whole_answer(), context=context if secure else None) as up, relaying(
+            tmp_path, up, upstream_ca=pem[0]) as base:
+        ask_head = http_connect(base, request(start))
+        read_all(ask_head)
+        assert relay(base).body == b'{"ok": true}' and up.connections == 2
+
+
+@pytest.mark.parametrize("head", [
+    b"Content-Length: 5\r\nContent-Length: 6", b"Transfer-Encoding: gzip, chunked",
+    b"X-Odd Name: 1\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: chunked\r\n"
+    b"Transfer-Encoding: chunked"])
+def test_an_answer_that_ends_who_knows_where_is_a_502(tmp_path, own_key, head):
+    with Odd(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n5\r\nhello\r\n0\r\n\r\n") as up, \
+            relaying(tmp_path, up) as base:
+        for _ in "ab":
+            assert relay(base).status == 502
+        assert up.connections == 2
+
+
+def test_an_early_refusal_of_a_large_body_reaches_the_caller(tmp_path, own_key):
+    def serve():
+        sock = listener.accept()[0]
+        sock.recv(1000)                     # not all of it
+        sock.sendall(whole_answer(b'{"type":"error","error":{"type":"request_too_large","message":"big"}}',
+                                  "Connection: close", status="413 Large"))
+        sock.shutdown(socket.SHUT_RDWR)
+        time.sleep(0.5)
+        sock.close()
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, daemon=True).start()
+    with listener, relaying(tmp_path, f"http://127.0.0.1:{listener.getsockname()[1]}") as base:
+        answer = relay(base, body=b"x" * 20_000_000)
+        assert (answer.status, answer.error["message"]) == (413, "big")
+
+
+@pytest.mark.parametrize("body", [b'{"type":"error","error":{"type":"api_error","message":"no"}}',
+                                  b"<html>Bad gateway</html>"])
+def test_a_compressed_error_is_passed_on_if_it_is_one(tmp_path, own_key, body):
+    import gzip
+    packed = gzip.compress(body)
+    with Odd(whole_answer(packed, "Content-Encoding: gzip", status="500 Odd")) as up, \
+            relaying(tmp_path, up) as base:
+        answer = relay(base)
+        assert answer.status == 500
+        if body.startswith(b"{"):
+            assert answer.body == packed and answer.headers["content-encoding"] == "gzip"
+        else:
+            assert "Bad gateway" in answer.error["message"]
+
+
+@pytest.mark.parametrize("rest", [b"Content-Length: 500000\r\n\r\n", b"Transfer-Encoding: chunked\r\n"
+                                  b"\r\n", b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"])
+def test_an_answer_without_its_first_byte_is_a_502_or_breaks_off(tmp_path, own_key, rest):
+    with Odd(lambda sock: sock.sendall(b"HTTP/1.1 200 OK\r\n" + rest) or False) as up, \
+            relaying(tmp_path, up) as base:
+        for _ in range(10):
+            raw = talk(base, request("POST /api/v1/messages", body=ASK_UP))
+            assert raw.startswith((b"HTTP/1.1 502", b"HTTP/1.1 200")), raw
+
+
+@pytest.mark.parametrize("minor", [0, 1])
+def test_a_broken_answer_ends_in_a_reset_that_no_client_takes_for_its_end(tmp_path, own_key, minor):
+    with Odd(after(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", chunk(b"x" * 4000))) as up, \
+            relaying(tmp_path, up) as base:
+        sock = http_connect(base, request(f"GET /api/v1/files HTTP/1.{minor}"))
+        with pytest.raises(ConnectionResetError):
+            while sock.recv(65536):
+                pass
+        sock.close()
+
+
+def test_a_client_that_is_gone_before_its_request_is_read_is_noticed(tmp_path, own_key):
+    with Odd(hang) as up, relaying(tmp_path, up) as base:
+        for n in range(5):
+            http_connect(base, request("POST /api/v1/messages", body=ASK_UP)).close()
+        assert until(lambda: up.ended == len(up.heard) == up.connections, 2.5)
+        assert up.connections <= 5 and get(base, "/status")[2]["upstream"]["streams"] == 0
+
+
+ODD_EVENTS = [
+    {"type": "message_start"}, {"type": "message_start", "message": "x"},
+    {"type": "message_start", "message": {"usage": 5}}, {"type": "content_block_delta", "delta": 0},
+    {"type": "content_block_start", "index": 0, "content_block": None},
+    {"type": "content_block_start", "index": 0, "content_block": {"type": ["text"]}},
+    {"type": "message_delta", "delta": {"stop_reason": 7}, "usage": {}}, {"type": "error"},
+    {"type": "content_block_delta", "index": 9, "delta": {"type": "text_delta", "text": "x"}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": [1]}},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": "x"}},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+     "usage": {"output_tokens_details": 5}}]
+
+
+@pytest.mark.parametrize("event", ODD_EVENTS, ids=json.dumps)
+@TRANSLATED
+def test_odd_events_of_the_upstream_are_its_fault(tmp_path, own_key, dialect, event):
+    frame = f"data: {json.dumps(event)}\n\n".encode()
+    body = {"model": "claude-x", "input": "hi"} if dialect == "responses" else question("hi", model="claude-x")
+    for before in (0, 2, 3):
+        stream = STREAM_HEAD + b"".join(map(chunk, [*FRAMES_UP[:before], frame, *FRAMES_UP[-1:]])) + b"0\r\n\r\n"
+        for streamed in (False, True):
+            with Odd(stream) as up, relaying(tmp_path, up) as base:
+                answer = relay(base, f"POST {UP_PATHS[dialect]}", body={**body, "stream": streamed})
+                told = answer.body.decode()
+                assert answer.status in (200, 502, 500) and "a bug in ccproxy" not in told
+                assert answer.status != 500 or event["type"] == "error"
+
+
+def test_odd_usage_in_a_relayed_answer_troubles_nobody(tmp_path, own_key):
+    with Odd(whole_answer(b'{"model": "m", "usage": {"input_tokens": "x", "output_tokens": [1]}}')) as up, \
+            relaying(tmp_path, up, quiet=False) as base:
+        raw = talk(base, request("POST /api/v1/messages", body=ASK_UP, close=False) + request("GET /health"))
+        assert [answer.status for answer in answers(raw)] == [200, 200]
+
+
+def test_a_page_of_another_site_gets_nothing_even_without_an_origin(tmp_path, own_key):
+    with Odd(whole_answer()) as up, relaying(tmp_path, up) as base:
+        for start in ("GET /api/v1/models", "GET /v1/models", "GET /status"):
+            assert ask(base, start, "Sec-Fetch-Site: cross-site").status == 403
+        assert ask(base, "GET /health", "Sec-Fetch-Site: cross-site").status == 200
+        assert ask(base, "GET /api/v1/models", "Sec-Fetch-Site: none").status == 200
+        assert len(up.heard) == 1
+
+
+def test_connecting_ends_with_its_client_and_after_connect_timeout(tmp_path, own_key):
+    """A listener whose queue is full lets nobody in, and says nothing."""
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        fillers = []
+        for _ in range(4):
+            fillers.append(socket.socket())
+            fillers[-1].setblocking(False)
+            fillers[-1].connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        with relaying(tmp_path, url, connect_timeout=1) as base:
+            answer = relay(base)
+            assert answer.status == 504 and "connect" in answer.error["message"]
+        with relaying(tmp_path, url, connect_timeout=30) as base:
+            http_connect(base, request("POST /api/v1/messages", body=ASK_UP)).close()
+            until(lambda: False, 0.2)
+            assert until(lambda: get(base, "/status")[2]["upstream"]["streams"] == 0, 2.0)
+        for filler in fillers:
+            filler.close()
+
+
+def test_a_failed_listing_of_models_is_no_empty_list(tmp_path, own_key):
+    odd = whole_answer(b'{"type":"error","error":{"type":"not_found_error","message":"nothing"}}',
+                       status="404 Not Found")
+    with Odd(odd) as up, relaying(tmp_path, up, backend="api") as base:
+        for _ in "ab":
+            assert ask(base, "GET /v1/models").status == 404
+        assert len(up.heard) == 1           # believed for a while
+    bad = whole_answer(b'{"type":"error","error":{"type":"authentication_error","message":"no"}}',
+                       status="401 No")
+    with Odd(bad, whole_answer(b'{"data": [{"id": "claude-x"}]}')) as up, relaying(
+            tmp_path, up, backend="api") as base:
+        assert ask(base, "GET /v1/models", "x-api-key: sk-ant-bad").status == 401
+        assert ask(base, "GET /v1/models").json["data"][0]["id"] == "claude-x"
+
+
+def test_requests_that_come_while_the_models_are_listed_wait_for_the_list(api, tmp_path, own_key):
+    api.clear()
+    with relaying(tmp_path, api) as base:
+        together(*[lambda: up_ask(UpstreamBench(base, api), "chat", "hi", model="sonnet")] * 6)
+        assert {body["model"] for body in api.bodies} == {"claude-sonnet-5"}
+        assert sum(path.startswith("/v1/models") for _, path, _ in api.heads) == 1
 
 
 def test_beyond_max_streams_callers_are_told_to_come_back(tmp_path, own_key):
@@ -6175,9 +6371,6 @@ def up_ask(up, dialect, said, stream=False, **more):
     body["messages" if dialect == "chat" else "input"] = said if isinstance(said, list) else [
         {"role": "user", "content": said}]
     return ask(up.url, "POST " + UP_PATHS[dialect], body=body)
-
-
-TRANSLATED = pytest.mark.parametrize("dialect", ["chat", "responses"])
 
 
 @TRANSLATED
