@@ -1664,22 +1664,25 @@ def vendor_message(text: str) -> str:
     return re.sub(r"\.? (This is a server-side issue, usually|Run --model to).*", "", text)
 
 
-SHAPES: dict[str, tuple[str, ...]] = {      # what an event of the API's has to hold, as objects
-    "message_start": ("message",), "content_block_start": ("content_block",),
-    "content_block_delta": ("delta",), "message_delta": ("delta",), "error": ("error",)}
-SHAPE_TEXTS = {"type", "id", "name", "text", "thinking", "partial_json", "signature", "stop_reason",
-               "model", "message"}          # and what in there has to be a text, if it is there
+SHAPES: dict[str, str] = {      # type of an event of the API's -> the object that it has to hold
+    "message_start": "message", "content_block_start": "content_block", "error": "error",
+    "content_block_delta": "delta", "message_delta": "delta"}
+TEXTS = {"text": ("text",), "thinking": ("thinking",), "tool_use": ("id", "name"),
+         **{kind: (source,) for kind, (source, _) in DELTAS.items()}}   # type of it -> texts in it
 
 
 def check_event(event: dict) -> None:
-    """TypeError if an event is not of a shape that the fold and the dialects can read."""
-    inner = [event[name] for name in SHAPES.get(event["type"], ())]
-    for value in inner:
-        odd = [name for name in SHAPE_TEXTS & set(value) if not isinstance(
-            value[name], (str, type(None)))]
-        usage = value.get("usage", event.get("usage")) or {}
-        if odd or not isinstance(usage.get("output_tokens_details") or {}, dict):
-            raise TypeError(f"an event of type {event['type']} is malformed")
+    """TypeError if an event has not the shape that the fold and the dialects read."""
+    kind = event["type"]
+    inner = event[SHAPES[kind]] if kind in SHAPES else {}
+    usage = inner.get("usage", event.get("usage")) or {}
+    texts = TEXTS.get(str(inner.get("type")), ())
+    texts += ("type",) * (SHAPES.get(kind) in ("content_block", "delta") and kind != "message_delta")
+    told = [inner.get(name) for name in texts] + [value for name, value in inner.items()
+            if name in ("signature", "stop_reason", "model", "data") and value is not None]
+    if not all(isinstance(value, str) for value in told) or not isinstance(
+            usage.get("output_tokens_details") or {}, dict):
+        raise TypeError(f"an event of type {kind} is malformed")
 
 
 class Reply:
