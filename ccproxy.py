@@ -1677,7 +1677,7 @@ def check_event(event: dict) -> None:
     inner = event[SHAPES[kind]] if kind in SHAPES else {}
     usage = inner.get("usage", event.get("usage")) or {}
     texts = TEXTS.get(str(inner.get("type")), ())
-    texts += ("type",) * (SHAPES.get(kind) in ("content_block", "delta") and kind != "message_delta")
+    texts += ("type",) * (kind in ("content_block_start", "content_block_delta"))
     told = [inner.get(name) for name in texts] + [value for name, value in inner.items()
             if name in ("signature", "stop_reason", "model", "data") and value is not None]
     if not all(isinstance(value, str) for value in told) or not isinstance(
@@ -3081,7 +3081,7 @@ class Exchange:
         self._lock, self._room = threading.Lock(), threading.Event()
         self._pieces: list[bytes] = []          # read, and not taken yet
         self._held, self._told = 0, False
-        self._over = self.closed = self.connected = self._late = False
+        self._over = self.closed = self.connected = False
         self._error: ApiError | None = None
         self.timer: asyncio.TimerHandle         # at which it has to be connected
         self.link: Any = None                   # the connection, until it is given back
@@ -3090,14 +3090,14 @@ class Exchange:
     # -- in its thread
 
     def run(self) -> None:
-        error, host = None, self.upstream.host
+        error = None
         try:
             self._receive(self.upstream.links.send(self, self.upstream.base + self.target))
         except Exception as exc:
-            error = ApiError("timeout", f"upstream {host}: connecting took too long") if (
-                self._late) else upstream_fault(exc, host)
+            slow = isinstance(exc, socket.timeout) and not self.connected
+            error = self._too_late() if slow else upstream_fault(exc, self.upstream.host)
         with self._lock:
-            self._over, self._error, self._sock = True, error, None
+            self._over, self._error, self._sock = True, self._error or error, None
         if self.link:
             self.link.close()
         self.upstream.exchanges.discard(self)
@@ -3221,11 +3221,17 @@ class Exchange:
             size += len(data)
         return b"".join(pieces)
 
+    def _too_late(self) -> ApiError:
+        return ApiError("timeout", f"upstream {self.upstream.host}: connecting took too long "
+                        "(--connect-timeout)")
+
     def late(self) -> None:
         """The time to connect is up."""
         if not (self.connected or self._over):
-            self._late = True
+            self._error = self._too_late()
+            self._over = self._told = True      # its thread may still ask for the address
             self.close()
+            self._wake()
 
     def close(self) -> None:
         with self._lock, contextlib.suppress(OSError):  # its thread closes nothing meanwhile, or
@@ -4075,7 +4081,8 @@ class Call:
 
     def relay(self, data: bytes) -> None:
         """Pass on a piece of an upstream's answer."""
-        self.first_at, self.written_at = self.first_at or self.now(), self.now()
+        self.written_at = self.now()
+        self.first_at = self.first_at or self.written_at * bool(data)
         if self.passed is not None:
             self.passed = (self.passed + data)[-2:] if len(data) < 2 else data[-2:]
         self.connection.write(data)
