@@ -59,6 +59,8 @@ CLI_QUIET = (2, 1, 330)     # older ones tell the model in its conversation that
 CLI_FLOOR = (2, 1, 110)     # older ones lack shouldQuery, list-valued systemPrompt and settings.env
 INSTALL = "npm install -g @anthropic-ai/claude-code"
 POSIX = os.name == "posix"
+EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
+           "xhigh": "xhigh", "max": "max"}
 FAMILIES = ("opus", "sonnet", "haiku", "fable")     # of models; each name means its newest
 
 
@@ -72,7 +74,7 @@ ERRORS: dict[str, tuple[int, str, str]] = {     # kind -> HTTP status, Anthropic
     "invalid_request": (400, *CALLER), "method_not_allowed": (405, *CALLER),
     "request_timeout": (408, *CALLER), "uri_too_long": (414, *CALLER),
     "unsupported_media_type": (415, *CALLER), "upgrade_required": (426, *CALLER),
-    "headers_too_large": (431, *CALLER),
+    "cancelled": (499, *CALLER), "headers_too_large": (431, *CALLER),
     "not_implemented": (501, *CALLER), "http_version": (505, *CALLER),
     "internal_error": (500, *SERVER_FAULT), "backend_error": (502, *SERVER_FAULT),
     "unavailable": (503, *SERVER_FAULT),
@@ -314,6 +316,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "claude": ("", string, "claude binary; `echo` is the built-in stand-in (default: search)"),
     "model": ("default", string, "model for names that nothing else explains"),
     "models": ({}, mapping, "model names to map, as NAME=MODEL,...; NAME may hold *"),
+    "effort": ("", one_of("", *EFFORTS), "effort of requests that say nothing of it or thinking"),
     "max_processes": (8, within(int, 1), "CLI processes at once, spares included"),
     "warm": (2, whole, "spare processes that wait for new conversations"),
     "idle_ttl": (600.0, seconds, "seconds an idle conversation keeps its process"),
@@ -518,8 +521,6 @@ def parse_json(body: bytes) -> dict:
 BILLING = re.compile(r"\A\s*x-anthropic-billing-header:.*\n*")   # the CLI writes its own there
 IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 SAMPLING = ("temperature", "top_p", "top_k")
-EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
-           "xhigh": "xhigh", "max": "max"}
 CHOICES = {"auto": "auto", "none": "none", "any": "any", "required": "any"}
 SINGLE = "disable_parallel_tool_use"       # the field of a tool_choice
 SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "code_interpreter", "tool_search",
@@ -905,6 +906,14 @@ def parse_thinking(value: Any, where: str) -> dict:
 def parse_effort(value: Any, where: str) -> str:
     """"minimal" -> "low",  "high" -> "high",  "none" -> "none": without thinking."""
     return EFFORTS[need(value, where, str, among=EFFORTS)]
+
+
+def with_effort(turn: Turn, effort: str, where: str) -> Turn:
+    """The turn with an effort said elsewhere than in its body; "none" is without thinking."""
+    parsed = parse_effort(effort, where)
+    ours, value = ("thinking", {"type": "disabled"}) if parsed == "none" else ("effort", parsed)
+    fields = {name: kept for name, kept in turn.fields.items() if name != "effort"}
+    return replace(turn, fields={**fields, ours: value}, said={**turn.said, ours: where})
 
 
 def parse_format(value: Any, where: str) -> dict | None:
@@ -3962,6 +3971,7 @@ ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> methods, w
     "/responses": ("POST", "answer", "responses"),
     "/responses/input_tokens": ("POST", "count", "responses"),
     "/responses/": ("GET, DELETE", "stored", "responses"),
+    "/requests/": ("DELETE", "cancel", ""),
 }
 PUBLIC = ("about", "health", "ready")       # work that needs no key
 PREFIXES = ("chat", "api")      # backends that a path may name:  /chat/v1/messages
@@ -3978,7 +3988,7 @@ def route_path(path: str) -> tuple[str, str, str]:
     /v1/chat/completions/models (the endpoint taken for a base) -> "", "/models", ""
     /v1/models/a/b -> "", "/models/", "a/b"
     """
-    found = re.fullmatch(r"(.*?/(?:models|responses))/(.+)", "/" + path.strip("/"), re.S)
+    found = re.fullmatch(r"(.*?/(?:models|responses|requests))/(.+)", "/" + path.strip("/"), re.S)
     path, name = found.groups() if found else (path, "")
     parts, backend = [part for part in path.split("/") if part], ""
     if (parts[:1] == ["chat"] and parts[1:2] not in ([], ["completions"])) or (
@@ -4009,7 +4019,7 @@ def relay_target(request: Request) -> str:
     return safe_path(raw) + mark + query
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One request on its way through the app: what came, what is known, how it is answered."""
     connection: Connection
@@ -4017,6 +4027,9 @@ class Call:
     now: Callable[[], float]
     name: str = ""                          # request id
     backend: str = ""
+    asked: str = ""                         # the model as the body names it
+    task: asyncio.Future | None = None      # its work, while that may be cancelled
+    cancelled: bool = False
     headers: dict[str, str] = field(default_factory=dict)       # of the answer
     dialect: Dialect | None = None
     turn: Turn | None = None
@@ -4136,6 +4149,7 @@ class App:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.port, self._started = settings, 0, int(time.time())
+        self.calls: set[Call] = set()               # that are being answered
         self.conversations = Conversations(settings)
         self.upstream = Upstream(settings, self.conversations.refusals)
         self.store = Store(state_dir(settings), settings.store_days, settings.store_size,
@@ -4179,6 +4193,7 @@ class App:
         call.name = wished if re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", wished) else (
             "req_" + secrets.token_hex(12))
         call.headers = {"request-id": call.name, "X-Request-Id": call.name}
+        self.calls.add(call)
         try:
             work = await self._admit(call)
             if work:
@@ -4196,6 +4211,7 @@ class App:
             traceback.print_exc()
             error = ApiError("internal_error", "a bug in ccproxy; its log says more")
         finally:
+            self.calls.discard(call)
             if error is not None:
                 await call.fail(error)
             if not self.settings.quiet:
@@ -4259,15 +4275,29 @@ class App:
     async def _parse(self, call: Call) -> Turn:
         self._need_json(call)
         body, earlier = parse_json(await call.connection.read_body(self.settings.max_body)), []
+        headers, asked = call.request.headers, body.get("model")
+        body.update({"model": headers["x-cc-model"]} if "x-cc-model" in headers else {})
         if call.dialect is DIALECTS["responses"]:
             earlier = await self.store.recall(body, call.receipt.caller)
         turn = call.dialect.parse(body, earlier)
+        known = isinstance(asked, str) and 0 < len(asked) <= 256
+        call.asked = asked if known else turn.model     # the reply repeats the body's
+        if "x-cc-effort" in headers:
+            turn = with_effort(turn, headers["x-cc-effort"], "X-CC-Effort")
+        elif self.settings.effort and not {"effort", "thinking"} & set(turn.fields):
+            turn = with_effort(turn, self.settings.effort, "effort")
         call.receipt.ignored = list(turn.ignored)
         return turn
 
-    async def _in_time(self, work: Any) -> Any:
+    async def _in_time(self, call: Call, work: Any) -> Any:
+        """Do a call's work within its deadline, and unless it is cancelled."""
+        call.task = asyncio.ensure_future(work)
         try:
-            return await asyncio.wait_for(work, self.settings.request_timeout)
+            return await asyncio.wait_for(call.task, self.settings.request_timeout)
+        except asyncio.CancelledError:
+            if not call.cancelled:
+                raise
+            raise ApiError("cancelled", "the request was cancelled") from None
         except asyncio.TimeoutError:
             raise ApiError("timeout", "the request took longer than "
                            f"{self.settings.request_timeout:g} s (--request-timeout)") from None
@@ -4278,10 +4308,10 @@ class App:
         """A model's answer, whole or streamed."""
         turn = call.turn = await self._parse(call)
         ticket = secrets.token_hex(TICKET // 2)
-        call.message = Message(ticket, turn.model, int(time.time()), turn.wants)
+        call.message = Message(ticket, call.asked, int(time.time()), turn.wants)
         beating = asyncio.ensure_future(self._beat(call)) if turn.stream else None
         try:
-            await self._in_time(self._play(call))
+            await self._in_time(call, self._play(call))
         finally:
             call.connection.heartbeat = None
             if beating:
@@ -4322,7 +4352,7 @@ class App:
         turn = await self._parse(call)
         kind = {"object": "response.input_tokens"} if call.dialect is DIALECTS["responses"] else {}
         tokens = await self._in_time(
-            self.upstream.count(turn, call.request.headers) if call.backend == "api" else
+            call, self.upstream.count(turn, call.request.headers) if call.backend == "api" else
             self.conversations.count(turn))
         await call.send(200, {**kind, "input_tokens": tokens})
 
@@ -4331,11 +4361,13 @@ class App:
         request, target = call.request, relay_target(call.request)
         if call.dialect and request.method == "POST":
             self._need_json(call)
+        unused = [name for name in ("X-CC-Model", "X-CC-Effort") if name.lower() in request.headers]
+        call.headers.update({"X-CC-Ignored-Params": ", ".join(unused)} if unused else {})
         exchange = self.upstream.exchange(      # which alone holds the body, until it is sent
             request.method, target, self.upstream.headers(request.headers),
             await call.connection.read_body(self.settings.max_body), self.settings.request_timeout)
         try:
-            await self._in_time(self._pass_on(call, exchange))
+            await self._in_time(call, self._pass_on(call, exchange))
         finally:
             exchange.close()
             call.connection.heartbeat = None
@@ -4375,6 +4407,18 @@ class App:
         connection.heartbeat, call.ended = None, True
         if not bare:
             connection.end()
+
+    async def _cancel(self, call: Call) -> None:
+        """End running requests of this caller by their id; their work ends as if he had gone."""
+        name = route_path(call.request.path)[2]
+        hits = [each for each in self.calls if each.name == name and each.task
+                and not each.task.done() and each.receipt.caller == call.receipt.caller]
+        if not hits:
+            raise ApiError("not_found", f"no request {name[:128]!r} of yours is running")
+        for each in hits:
+            each.cancelled = True
+            each.task.cancel()
+        await call.send(200, {"id": name, "object": "request", "cancelled": True})
 
     async def _stored(self, call: Call) -> None:
         """GET or DELETE of a stored response; GET of its input, a page of it, newest first."""

@@ -5166,6 +5166,96 @@ def test_an_error_before_a_response_is_a_status(url, stream):
     assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
 
 
+# -- cancelling
+
+@pytest.mark.parametrize("dialect, stream", [("chat", False), ("chat", True), ("messages", True),
+                                             ("responses", True)])
+def test_a_running_request_is_cancelled_by_its_id(tmp_path, dialect, stream):
+    fake = noted_stand_in(tmp_path)
+    with serving(tmp_path, claude=fake.path) as base:
+        body = {"model": "m", "input": SLOW, "stream": stream} if dialect == "responses" else (
+            question(SLOW, stream=stream))
+        sock = http_connect(base, request("POST " + PATHS_HTTP[dialect], "X-Request-Id: mine",
+                                          body=body, close=False))
+        assert busy(base, 1) and until(lambda: fake.pids)
+        until(lambda: False, 0.3)
+        assert ask(base, "DELETE /v1/requests/other").status == 404
+        told = ask(base, "DELETE /v1/requests/mine")
+        assert told.json == {"id": "mine", "object": "request", "cancelled": True}
+        assert gone(fake.pids)
+        sock.sendall(request("GET /health"))
+        first, second = answers(read_all(sock))         # the connection serves on
+        assert second.status == 200 and "cancelled" in first.body.decode()
+        if not stream:
+            assert first.status == 499 and first.error["message"] == "the request was cancelled"
+        elif dialect == "messages":
+            assert frames(first.body)[-1][0] == "error"
+        else:
+            assert "[DONE]" in str(frames(first.body)[-1]) or frames(first.body)[-1][0] == (
+                "response.failed")
+        assert ask(base, "DELETE /v1/requests/mine").status == 404
+        assert http_post(base, "hi").text == "hi"
+
+
+def test_a_relayed_request_is_cancelled_upstream(tmp_path, own_key):
+    with Odd(after(STREAM_HEAD, *map(chunk, FRAMES_UP[:3]), then=hang)) as up, \
+            relaying(tmp_path, up) as base:
+        sock = http_connect(base, request("POST /api/v1/messages", "X-Request-Id: r:1", body=ASK_UP))
+        assert until(lambda: up.heard)
+        until(lambda: False, 0.3)
+        assert ask(base, "DELETE /v1/requests/r:1").status == 200
+        assert until(lambda: up.ended == 1, 2.0)
+        last = answers(read_all(sock))[0].body.decode().strip().split("\n\n")[-1]
+        assert "event: error" in last and "cancelled" in last
+
+
+def test_nobody_cancels_without_a_key(tmp_path):
+    with serving(tmp_path, api_key="k") as base:
+        assert ask(base, "DELETE /v1/requests/x").status == 401
+        assert ask(base, "DELETE /v1/requests/x", "x-api-key: k").status == 404
+        assert ask(base, "GET /v1/requests/x", "x-api-key: k").status == 405
+
+
+# -- headers that go before the body
+
+ASK_MESSAGES = [{"role": "user", "content": "hi"}]
+ONE_TURN = ({"role": "user", "content": [{"type": "text", "text": "x"}]},)
+
+
+@pytest.mark.parametrize("fields, effort, left", [
+    ({}, "high", {"effort": "high"}), ({"effort": "low"}, "max", {"effort": "max"}),
+    ({"effort": "low"}, "none", {"thinking": {"type": "disabled"}}),
+    ({}, "minimal", {"effort": "low"})])
+def test_an_effort_said_elsewhere_goes_before_the_bodys(fields, effort, left):
+    found = ccproxy.with_effort(ccproxy.Turn("m", ONE_TURN, fields=fields), effort, "X-CC-Effort")
+    assert found.fields == left and set(found.said.values()) == {"X-CC-Effort"}
+
+
+@pytest.mark.parametrize("settings, fields, body, model, effort", [
+    ({}, ["X-CC-Model: opus", "X-CC-Effort: high"], {"reasoning_effort": "low"}, "claude-opus-5", "high"),
+    ({}, ["X-CC-Model: claude-x"], {"model": None}, "claude-x", None),
+    ({"effort": "low"}, [], {}, "claude-sonnet-5", "low"),
+    ({"effort": "low"}, [], {"reasoning_effort": "max"}, "claude-sonnet-5", "max"),
+    ({"effort": "low"}, ["X-CC-Effort: medium"], {}, "claude-sonnet-5", "medium"),
+    ({"effort": "low"}, [], {"thinking": {"type": "disabled"}}, "claude-sonnet-5", None)])
+def test_headers_go_before_the_body_and_that_before_settings(api, tmp_path, own_key, settings, fields,
+                                                             body, model, effort):
+    api.clear()
+    with relaying(tmp_path, api, **settings) as base:
+        answer = ask(base, "POST /api/v1/chat/completions", *fields,
+                     body={"model": "claude-sonnet-5", "messages": ASK_MESSAGES, **body})
+        assert answer.status == 200 and answer.json["model"] == body.get(
+            "model", "claude-sonnet-5") or answer.json["model"] == "claude-x"
+        sent = api.bodies[-1]
+        assert sent["model"] == model and sent.get("output_config", {}).get("effort") == effort
+        odd = ask(base, "POST /api/v1/chat/completions", "X-CC-Effort: much",
+                  body={"model": "m", "messages": ASK_MESSAGES})
+        assert odd.status == 400 and odd.error["param"] == "X-CC-Effort"
+        passed = relay(base, "POST /api/v1/messages", "X-CC-Effort: high", "X-CC-Model: x")
+        assert passed.headers["x-cc-ignored-params"] == "X-CC-Model, X-CC-Effort"
+        assert api.bodies[-1] == json.loads(ASK_UP)
+
+
 # -- stopping
 
 def test_running_turns_are_finished_at_a_stop_and_new_connections_refused(tmp_path):
@@ -7729,3 +7819,28 @@ def test_claude_code_itself_works_through_the_relay(real, tmp_path, key):
     assert {sent["x-api-key"] for _, sent in asked} == {"sk-ant-dummy" if key else "sk-ant-caller"}
     assert all(sent["user-agent"].startswith("claude-cli/") and sent["anthropic-beta"]
                for _, sent in asked)
+
+
+@real_both_dialects
+@pytest.mark.real_cli
+def test_a_cancelled_request_ends_at_the_api_too(real, dialect):
+    body = {"model": MODEL, "max_tokens": 500, "messages": [{"role": "user", "content": "LONG:99 SLOW"}]}
+    connection, response = connect(real.url, PATHS[dialect], {**body, "stream": True},
+                                   {"X-Request-Id": "cancel-me"})
+    with contextlib.closing(connection):
+        assert response.read(20)
+        before = children()
+        assert post(real.url, "/v1/requests/cancel-me", None, method="DELETE")[0] == 200
+        assert b"cancelled" in response.read()
+        assert wait_until(lambda: real.api.broken == 1, 3)
+        assert wait_until(lambda: before - children(), 2)
+
+
+@pytest.mark.real_cli
+def test_effort_and_model_of_headers_reach_the_api(real):
+    body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "low"}
+    status, _, told = post(real.url, PATHS["chat"], body,
+                           {"X-CC-Model": "claude-opus-5", "X-CC-Effort": "high"})
+    assert status == 200 and told["model"] == "gpt-4o"
+    sent = real.api.bodies[-1]
+    assert sent["model"] == "claude-opus-5" and sent["output_config"]["effort"] == "high"
