@@ -3201,15 +3201,15 @@ class Exchange:
         """What has come since, in one piece; b"" at its end.  ApiError if it broke off."""
         while True:
             await self._wait()
-            with self._lock:
-                self._told = self._over
+            with self._lock:                # the end, too, as it stands beside these pieces
+                self._told = over = self._over
                 pieces, self._pieces, self._held = self._pieces, [], 0
             self._room.set()
             if pieces:
                 return b"".join(pieces)
-            if self._error:
+            if over and self._error:
                 raise self._error
-            if self._over:
+            if over:
                 return b""
 
     def header(self, name: str) -> str:
