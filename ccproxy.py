@@ -301,6 +301,7 @@ def base_url(value: Any) -> str:
     url = string(value).rstrip("/")
     if url and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
         raise ValueError("expected http(s)://HOST[:PORT][/PATH]")
+    urllib.parse.urlsplit(url).port         # ValueError if it is out of range
     return url[:-3] if url.endswith("/v1") else url
 
 
@@ -909,11 +910,15 @@ def parse_effort(value: Any, where: str) -> str:
 
 
 def with_effort(turn: Turn, effort: str, where: str) -> Turn:
-    """The turn with an effort said elsewhere than in its body; "none" is without thinking."""
-    parsed = parse_effort(effort, where)
+    """The turn with an effort said elsewhere than in its body; "none" is without thinking.  `where`
+    is "" if it was not the caller who said it."""
+    parsed = parse_effort(effort, where or "effort")
     ours, value = ("thinking", {"type": "disabled"}) if parsed == "none" else ("effort", parsed)
-    fields = {name: kept for name, kept in turn.fields.items() if name != "effort"}
-    return replace(turn, fields={**fields, ours: value}, said={**turn.said, ours: where})
+    by_effort = turn.said.get("thinking") != "thinking"     # switched off by the body's effort
+    fields = {name: kept for name, kept in turn.fields.items()
+              if name != "effort" and not (name == "thinking" and by_effort)}
+    return replace(turn, fields={**fields, ours: value},
+                   said={**turn.said, **({ours: where} if where else {})})
 
 
 def parse_format(value: Any, where: str) -> dict | None:
@@ -1315,6 +1320,7 @@ DIALECTS: dict[str, Dialect] = {
 # To let another field be dropped: a row in REFUSABLE.
 
 REFUSAL_TRIES = 4               # parameters dropped for one request, at most
+MOST_RULES = 200                # of a model; those of single schemas are many
 REFUSAL_DAYS = 30               # then a model is asked again: vendors lift restrictions, too
 REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error message names it
     "strict": r"^tools\.\d+\..*(not supported|strict)",
@@ -1352,9 +1358,11 @@ def without(turn: Turn, name: str) -> Turn:
     fields = {k: v for k, v in turn.fields.items() if k != name}
     if name == "tool_choice" and turn.fields[name].get(SINGLE):
         fields[name] = {"type": "auto", SINGLE: True}
-    if name == "format":
-        fields.setdefault("tool_choice", {"type": "any"} if turn.tools else
-                          {"type": "tool", "name": ANSWER})
+    choice = fields.get("tool_choice", {})
+    if name == "format" and choice.get("type") in (None, "auto", "none"):
+        free = turn.tools and choice.get("type") != "none"
+        fields["tool_choice"] = {**({"type": "any"} if free else {"type": "tool", "name": ANSWER}),
+                                 **({SINGLE: True} if choice.get(SINGLE) else {})}
     if name == "thinking" and name not in turn.fields:      # an old CLI with a newer model
         fields[name] = {"type": "adaptive"}
     messages = turn.messages
@@ -1436,18 +1444,21 @@ class Refusals:
 
     @staticmethod
     def _obey(turn: Turn, rules: list[dict]) -> Turn:
+        found = features(turn)
         for rule in rules:
-            found = features(turn)
             for name in [n for n, feature in found.items() if feature == rule["drop"]]:
                 same = rule.get("value") in (None, turn.fields.get(name))
                 if same and {*rule["with"]} <= {*found.values()}:
                     turn = without(turn, name)
+                    found = features(turn)
         return turn
 
     def learn(self, model: str, rules: list[dict]) -> None:
         """Remember rules that have helped."""
-        self.rules.setdefault(model, []).extend(
-            {**rule, "at": int(time.time())} for rule in rules if not rule.get("once"))
+        known = self.rules.setdefault(model, [])
+        for rule in ({**rule, "at": int(time.time())} for rule in rules if not rule.get("once")):
+            known[:] = [old for old in known if {**old, "at": rule["at"]} != rule] + [rule]
+        del known[:-MOST_RULES]
         try:                                # in one step: no reader meets half a file
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             handle, draft = tempfile.mkstemp(dir=os.path.dirname(self.path))    # 0600
@@ -2840,6 +2851,7 @@ FRAME_LIMIT = 64 * 2**20        # bytes of one event
 ERROR_LIMIT = 256 * 1024        # bytes of an error's body that are looked at
 PACKED = ("gzip", "deflate")    # codings that the standard library can undo
 LINK_TTL = 60.0                 # seconds an idle connection is kept
+NO_LIST = (404, 405, 501)       # statuses of an upstream that lists no models
 MODELS_TTL = 3600.0             # seconds that the upstream's list of models is believed
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te",
               "proxy-connection", "trailer", "transfer-encoding", "upgrade"}    # RFC 9110, 7.6.1
@@ -2962,8 +2974,10 @@ def end_to_end(own: Mapping[str, str], told: list[tuple[str, str]]) -> list[tupl
                     } if name.lower() == "connection" else set()
     if "Access-Control-Allow-Origin" in own:
         dropped |= {name.lower() for name in own if name.startswith("Access-Control-")}
-    kept = [(name, value) for name, value in told if name.lower() not in dropped]
-    theirs = {name.lower() for name, _ in kept}
+    ids = {"x-request-id": "X-CC-Upstream-Request-Id"}      # ours cancels it, and is in the log
+    kept = [(ids.get(name.lower(), name), value) for name, value in told
+            if name.lower() not in dropped]
+    theirs = {name.lower() for name, _ in kept} - {"vary"}
     return [(name, value) for name, value in own.items() if name.lower() not in theirs] + kept
 
 
@@ -3464,20 +3478,23 @@ def cached(blocks: list[dict]) -> list[dict]:
             for n, block in enumerate(blocks)]
 
 
-def messages_request(turn: Turn, model: str) -> dict:
-    """The body of a streamed Messages request for a turn of upstream_turn.
+def messages_request(turn: Turn, model: str, most: float = math.inf) -> dict:
+    """The body of a streamed Messages request for a turn of upstream_turn, to a model that gives
+    at most so many tokens.
 
     What is likely to be asked again (tools, a conversation) is marked for the API's cache.
     """
     fields = {k: v for k, v in turn.fields.items() if k not in ("effort", "format")}
     output = {"effort": turn.fields["effort"]} if "effort" in turn.fields else {}
     tools, choice = wire_tools(turn), fields.pop("tool_choice", {})
-    if "name" in choice and "tool_choice" in turn.said:
+    ours = choice.get("name") == ANSWER and not any(t["name"] == ANSWER for t in turn.tools)
+    if "name" in choice and not ours:
         choice = {**choice, "name": wire_name(choice["name"])}
     if turn.schema is not None and "format" in turn.fields:
         output["format"] = {"type": "json_schema", "schema": turn.schema}
     elif turn.schema is not None:
-        tools.append({"name": ANSWER, "description": ANSWER_HELP, "input_schema": turn.schema})
+        tools.append({"name": ANSWER, "description": ANSWER_HELP,
+                      "input_schema": {"type": "object", **turn.schema}})
     messages = [{**message, "content": [
         {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
         for block in message["content"]]} for message in turn.messages]
@@ -3491,7 +3508,7 @@ def messages_request(turn: Turn, model: str) -> dict:
         system = cached(system)
         messages[-1] = {**messages[-1], "content": cached(messages[-1]["content"])}
     budget = fields.get("thinking", {}).get("budget_tokens", 0)
-    return {"model": model, "max_tokens": budget + MAX_OUTPUT, "stream": True, **fields,
+    return {"model": model, "max_tokens": min(most, budget + MAX_OUTPUT), "stream": True, **fields,
             "messages": messages, **({"system": system} if system else {}),
             **({"tools": tools} if tools else {}),
             **({"output_config": output} if output else {}),
@@ -3503,14 +3520,18 @@ class Upstream:
 
     def __init__(self, settings: Settings, refusals: Refusals) -> None:
         self.settings, self.refusals = settings, refusals
-        self.base = settings.upstream_url or base_url(
-            os.environ.get("ANTHROPIC_BASE_URL", "")) or ANTHROPIC
+        try:
+            self.base = settings.upstream_url or base_url(
+                os.environ.get("ANTHROPIC_BASE_URL", "")) or ANTHROPIC
+        except ValueError as exc:
+            raise ConfigError(f"ANTHROPIC_BASE_URL: {exc}") from None
         self.host = urllib.parse.urlsplit(self.base).netloc
         self.credentials = Credentials(settings, self.base)
         self.links = Links(settings, self.base)
         self.exchanges: set[Exchange] = set()       # whose thread is busy
         self.models: list[dict] = []                # as the upstream lists them
         self._listed = -math.inf                    # when it was asked for them
+        self._most: dict[str, int] = {}             # tokens that a model gives, if it said so
         self._unlisted: ApiError | None = None      # that it lists none
         self._listing: asyncio.Lock | None = None
         self._threads = ThreadPoolExecutor(settings.max_streams, "upstream")
@@ -3597,7 +3618,7 @@ class Upstream:
                 try:
                     told = await self._ask("GET", "/v1/models?limit=1000", headers, b"")
                 except ApiError as error:   # a caller's bad key says nothing for the others
-                    if error.status not in (404, 405, 501):
+                    if error.status not in NO_LIST:
                         raise
                     self._unlisted = error
                 else:
@@ -3621,7 +3642,9 @@ class Upstream:
                 return name
             try:
                 names = [m["id"] for m in await self.known_models(headers)]
-            except ApiError:                # a gateway without a list: it knows its names
+            except ApiError as error:       # a gateway without a list knows its names
+                if error.status not in NO_LIST:
+                    raise
                 return target
             found = [known for known in names if known == name] or [
                 known for known in names if name in FAMILIES and name in known]
@@ -3636,6 +3659,8 @@ class Upstream:
         """Bursts of events of exactly one message, for a caller whose headers are `sent`."""
         headers = self.headers(own_headers(sent))
         model = await self.resolve(turn.model, headers)
+        if turn.model.endswith("[1m]"):     # the CLI's word for a long context
+            turn = replace(turn, ignored=(*turn.ignored, "model[1m]"))
         bursts = self.refusals.insist(
             upstream_turn(turn), lambda: f"{model} upstream", message, receipt,
             lambda plan: self._play(plan, model, headers, receipt))
@@ -3645,19 +3670,38 @@ class Upstream:
         finally:
             await bursts.aclose()
 
+    async def _begin(self, turn: Turn, model: str, headers: Mapping[str, str], receipt: Receipt
+                     ) -> Exchange:
+        """The exchange of a turn, whose answer has begun; its owner closes it.
+
+        How many tokens a model gives at most is learned from its refusal.
+        """
+        while True:
+            exchange = self.exchange("POST", "/v1/messages", headers, encode_json(messages_request(
+                turn, model, self._most.get(model, math.inf))), self.settings.stall_timeout)
+            error = None
+            try:
+                await exchange.open()
+                receipt.upstream = exchange.header("request-id")
+                if exchange.status == 200:
+                    return exchange
+                error = upstream_refusal(exchange.status, exchange.headers,
+                                         await exchange.read_all(ERROR_LIMIT))
+            finally:
+                if error or exchange.status != 200:
+                    exchange.close()
+            most = re.search(r"max_tokens: \d+ > (\d+)", error.message)
+            if not most or "max_tokens" in turn.fields or model in self._most:
+                raise error
+            self._most[model] = int(most.group(1))
+
     async def _play(self, turn: Turn, model: str, headers: Mapping[str, str], receipt: Receipt
                     ) -> AsyncIterator[list[dict]]:
         """One try of a turn; the upstream's events go through the same fold as the CLI's."""
         reply, frames = Reply(replace(turn, schema=None) if "format" in turn.fields else turn,
                               who="the upstream"), Frames()
-        exchange = self.exchange("POST", "/v1/messages", headers, encode_json(
-            messages_request(turn, model)), self.settings.stall_timeout)
+        exchange = await self._begin(turn, model, headers, receipt)
         try:
-            await exchange.open()
-            receipt.upstream = exchange.header("request-id")
-            if exchange.status != 200:
-                raise upstream_refusal(exchange.status, exchange.headers,
-                                       await exchange.read_all(ERROR_LIMIT))
             while not reply.done:
                 data = await exchange.read()
                 if not data:
@@ -3679,9 +3723,10 @@ class Upstream:
         """Input tokens of a turn, as the upstream counts them."""
         headers = self.headers(own_headers(sent))
         model = await self.resolve(turn.model, headers)
-        plan = self.refusals.apply(upstream_turn(turn), f"{model} upstream", [])
-        body = {name: value for name, value in messages_request(plan, model).items() if name in (
-            "model", "messages", "system", "tools", "tool_choice", "thinking", "output_config")}
+        turn = replace(turn, fields={name: value for name, value in turn.fields.items()
+                                     if name == "tool_choice"}, schema=None)
+        body = {name: value for name, value in messages_request(turn, model).items()
+                if name in ("model", "messages", "system", "tools", "tool_choice")}
         told = await self._ask("POST", "/v1/messages/count_tokens", headers, encode_json(body))
         return need(told.get("input_tokens"), "upstream input_tokens", int)
 
@@ -4070,6 +4115,7 @@ class Call:
             self.connection.heartbeat, self.ended = None, True
             self.connection.end()
         elif self.message.done:
+            self.ended = True
             await self.send(200, self.dialect.body(self.message))
 
     def frames(self, event: dict) -> list[bytes]:
@@ -4234,7 +4280,8 @@ class App:
         if prefix == "api" and not translated or call.backend == "api" and (
                 dialect == "messages" or not work and call.request.path.startswith("/v1/")):
             served, work = RELAY_METHODS, "relay"
-        call.dialect, methods = DIALECTS.get(dialect), f"{served}, HEAD, OPTIONS"
+        methods = f"{served}, OPTIONS" if served == "DELETE" else f"{served}, HEAD, OPTIONS"
+        call.dialect = DIALECTS.get(dialect)
         if not work:
             raise ApiError("not_found", f"no such route: {call.request.path[:200]}")
         if method == "OPTIONS":
@@ -4246,7 +4293,7 @@ class App:
             return ""
         if headers.get("upgrade", "").lower() == "websocket":      # Codex falls back at once
             raise ApiError("upgrade_required", "no WebSocket here; use POST")
-        if method not in (*served.split(", "), "HEAD"):
+        if method not in methods.split(", "):
             call.headers["Allow"] = methods
             raise ApiError("method_not_allowed", f"{method} is not served here; use {methods}")
         if work not in PUBLIC and origin is None and headers.get("sec-fetch-site") == "cross-site":
@@ -4285,7 +4332,7 @@ class App:
         if "x-cc-effort" in headers:
             turn = with_effort(turn, headers["x-cc-effort"], "X-CC-Effort")
         elif self.settings.effort and not {"effort", "thinking"} & set(turn.fields):
-            turn = with_effort(turn, self.settings.effort, "effort")
+            turn = with_effort(turn, self.settings.effort, "")
         call.receipt.ignored = list(turn.ignored)
         return turn
 
@@ -4323,6 +4370,8 @@ class App:
             self.conversations.events(*turn))
         try:
             async for events in bursts:
+                if call.cancelled:          # until 3.11 wait_for may swallow a cancellation
+                    raise asyncio.CancelledError
                 if events[-1]["type"] == "message_stop":
                     await self._keep(call)
                 await call.give(events)
@@ -4411,8 +4460,8 @@ class App:
     async def _cancel(self, call: Call) -> None:
         """End running requests of this caller by their id; their work ends as if he had gone."""
         name = route_path(call.request.path)[2]
-        hits = [each for each in self.calls if each.name == name and each.task
-                and not each.task.done() and each.receipt.caller == call.receipt.caller]
+        hits = [each for each in self.calls if each.name == name and each.task and not (
+            each.ended or each.task.done() or each.receipt.caller != call.receipt.caller)]
         if not hits:
             raise ApiError("not_found", f"no request {name[:128]!r} of yours is running")
         for each in hits:
@@ -4442,17 +4491,20 @@ class App:
     async def _models(self, call: Call) -> None:
         """What the backend reports, by name and full id, and what --models names: for both SDKs."""
         named: dict[str, str] = {}
+        made: dict[str, Any] = {}
         models = await (self.upstream.known_models(self.upstream.headers(own_headers(
             call.request.headers))) if call.backend == "api" else self.conversations.known_models())
         for model in models:
             for name in filter(None, map(model.get, ("value", "resolvedModel", "id"))):
                 named.setdefault(name, model.get("displayName") or model.get("display_name")
                                  or name)
+                made[name] = model.get("created_at")
         named.update({name: named.get(target, target) for name, target in
                       self.settings.models.items() if not set("*?[") & set(name)})
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
         entries = [{"id": name, "object": "model", "type": "model", "display_name": shown,
-                    "owned_by": "anthropic", "created": self._started, "created_at": since}
+                    "owned_by": "anthropic", "created": self._started,
+                    "created_at": made.get(name) or since}
                    for name, shown in named.items()]
         wanted = route_path(call.request.path)[2]
         if wanted and wanted not in named:
@@ -4547,6 +4599,18 @@ def running(**values: Any) -> Iterator[str]:
         thread.join()
 
 
+async def ask_once(settings: Settings, events: Callable) -> bool:
+    """Ask a backend's model a question, and print what it says."""
+    hello = {"role": "user", "content": [{"type": "text", "text": "Answer: yes"}]}
+    message, started = Message("", settings.model, 0), time.perf_counter()
+    async for burst in events(Turn(settings.model, (hello,)), message, Receipt()):
+        for event in burst:
+            message.add(event)
+    took = time.perf_counter() - started
+    print(f"ok    a turn in {took:.2f} s: {message.said('text')!r}")
+    return True
+
+
 async def examine(settings: Settings, deep: bool) -> bool:
     """Print what a request depends on; False if one would fail, with the next command to run."""
     talk, started = Conversations(settings), time.perf_counter()
@@ -4555,10 +4619,14 @@ async def examine(settings: Settings, deep: bool) -> bool:
     try:
         print(f"ok    Python {sys.version.split()[0]}")
         if settings.backend == "api":
-            headers = upstream.headers(own_headers({}))
-            models = [model["id"] for model in await upstream.known_models(headers)]
+            headers, models = upstream.headers(own_headers({})), []
+            try:
+                models = [model["id"] for model in await upstream.known_models(headers)]
+            except ApiError as error:
+                if error.status not in NO_LIST:
+                    raise
             print(f"ok    upstream {upstream.base}, models: {', '.join(models) or 'not listed'}")
-            return True
+            return not deep or await ask_once(settings, functools.partial(upstream.events, sent={}))
         print("ok    claude at", *await talk.command(), f"is version {talk.version}")
         models = [[m.get("value"), m.get("resolvedModel")] for m in await talk.known_models()]
         print(f"ok    handshake after {time.perf_counter() - started:.2f} s")
@@ -4568,20 +4636,13 @@ async def examine(settings: Settings, deep: bool) -> bool:
         if not login:
             raise ApiError("invalid_api_key", "nobody is logged in")
         print(f"ok    login: {', '.join(sorted(login))}")
-        if deep:
-            hello = {"role": "user", "content": [{"type": "text", "text": "Answer: yes"}]}
-            message, started = Message("", settings.model, 0), time.perf_counter()
-            async for events in talk.events(Turn(settings.model, (hello,)), message, Receipt()):
-                for event in events:
-                    message.add(event)
-            took = time.perf_counter() - started
-            print(f"ok    a turn in {took:.2f} s: {message.said('text')!r}")
-        return True
+        return not deep or await ask_once(settings, talk.events)
     except ApiError as error:
         remedy = re.search(r": (npm .*)", error.message)
-        print(f"FAIL  {error.message}\n      next: " + (remedy.group(1) if remedy else
-              "claude auth login, or set ANTHROPIC_API_KEY" if error.status == 401 else
-              "claude -p hello"))
+        print(f"FAIL  {error.message}\n      next: " + (
+            remedy.group(1) if remedy else "ccproxy.py auth status"
+            if settings.backend == "api" else "claude auth login, or set ANTHROPIC_API_KEY"
+            if error.status == 401 else "claude -p hello"))
         return False
     finally:
         await upstream.stop()
@@ -4628,7 +4689,9 @@ async def show_credentials(settings: Settings) -> bool:
 
 def hand_over(settings: Settings, words: list[str]) -> int:
     """Run one of the CLI's own commands in this terminal; its exit code."""
-    command, _ = asyncio.run(find_claude(settings.claude))
+    command, version = asyncio.run(find_claude(settings.claude))
+    if version == "stand-in":
+        raise ApiError("unavailable", "the stand-in needs no login")
     environ = {name: value for name, value in os.environ.items() if not OUTER_ENV.match(name)}
     return subprocess.call([*command, *words], env=environ)
 

@@ -5213,7 +5213,9 @@ def test_nobody_cancels_without_a_key(tmp_path):
     with serving(tmp_path, api_key="k") as base:
         assert ask(base, "DELETE /v1/requests/x").status == 401
         assert ask(base, "DELETE /v1/requests/x", "x-api-key: k").status == 404
-        assert ask(base, "GET /v1/requests/x", "x-api-key: k").status == 405
+        for verb in ("GET", "HEAD", "POST"):
+            odd = ask(base, f"{verb} /v1/requests/x", "x-api-key: k")
+            assert odd.status == 405 and odd.headers["allow"] == "DELETE, OPTIONS"
 
 
 # -- headers that go before the body
@@ -5225,7 +5227,8 @@ ONE_TURN = ({"role": "user", "content": [{"type": "text", "text": "x"}]},)
 @pytest.mark.parametrize("fields, effort, left", [
     ({}, "high", {"effort": "high"}), ({"effort": "low"}, "max", {"effort": "max"}),
     ({"effort": "low"}, "none", {"thinking": {"type": "disabled"}}),
-    ({}, "minimal", {"effort": "low"})])
+    ({}, "minimal", {"effort": "low"}),
+    ({"thinking": {"type": "disabled"}, "temperature": 1}, "high", {"effort": "high", "temperature": 1})])
 def test_an_effort_said_elsewhere_goes_before_the_bodys(fields, effort, left):
     found = ccproxy.with_effort(ccproxy.Turn("m", ONE_TURN, fields=fields), effort, "X-CC-Effort")
     assert found.fields == left and set(found.said.values()) == {"X-CC-Effort"}
@@ -5683,7 +5686,7 @@ def test_every_method_and_path_under_api_is_passed_on(tmp_path, own_key, path, t
 def test_an_answer_comes_back_as_it_is_with_its_end_to_end_headers(tmp_path, own_key):
     import gzip
     packed = gzip.compress(b'{"model": "m", "usage": {"output_tokens": 3}}')
-    fields = ("Content-Encoding: gzip", "request-id: req_up", "Retry-After: 3", "Set-Cookie: a=1",
+    fields = ("Content-Encoding: gzip", "request-id: req_up", "X-Request-Id: theirs", "Retry-After: 3", "Set-Cookie: a=1",
               "Set-Cookie: b=2", "anthropic-ratelimit-requests-remaining: 7", "Connection: X-Hop",
               "X-Hop: 1", "Keep-Alive: timeout=5", "Date: Mon, 01 Jan 2024 00:00:00 GMT")
     with Odd(whole_answer(packed, *fields)) as up, relaying(tmp_path, up) as base:
@@ -5696,6 +5699,7 @@ def test_an_answer_comes_back_as_it_is_with_its_end_to_end_headers(tmp_path, own
         told = answers(raw)[0].headers
         assert told["request-id"] == "req_up" and told["retry-after"] == "3"
         assert told["x-request-id"].startswith("req_") and told["content-encoding"] == "gzip"
+        assert told["x-cc-upstream-request-id"] == "theirs"
         assert told["anthropic-ratelimit-requests-remaining"] == "7"
         assert told["date"] == "Mon, 01 Jan 2024 00:00:00 GMT" and told["connection"] == "close"
         assert not {"x-hop", "keep-alive", "transfer-encoding"} & set(told)
@@ -6208,6 +6212,14 @@ def test_auth_login_and_setup_token_hand_over_to_the_cli(tmp_path, what, words):
     assert told.returncode == 7 and f"argv: {words} False" in told.stdout
 
 
+@pytest.mark.parametrize("value", ["localhost:9", "http://127.0.0.1:99999", "ftp://x", "http://a b"])
+def test_an_odd_base_url_in_the_environment_is_named_at_start(tmp_path, value):
+    for argv in ([], ["auth"], ["doctor"]):
+        told = run(tmp_path, *argv, "--claude", "echo", "--port", "0", ANTHROPIC_BASE_URL=value)
+        assert told.returncode == 2 and "ANTHROPIC_BASE_URL" in told.stderr
+        assert "Traceback" not in told.stderr
+
+
 @pytest.mark.parametrize("argv", [["doctor", "login"], ["auth", "logout"], ["--backend", "agents"],
                                   ["--upstream-url", "ftp://x"], ["--upstream-url", "http://a@b"],
                                   ["--upstream-ca", "/nowhere", "--upstream-url", "https://x"],
@@ -6612,6 +6624,77 @@ def test_a_schema_beside_tools_leaves_the_model_its_choice(up):
     assert json.loads(up_ask(up, "chat", 'JSON:{"b": 2}', **wish).text) == {"b": 2}
 
 
+FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("more, choice", [
+    ({"tool_choice": "auto"}, {"type": "tool", "name": ccproxy.ANSWER}),
+    ({"tools": [FUNCTION], "tool_choice": "auto"}, {"type": "any"}),
+    ({"tools": [FUNCTION], "tool_choice": "none"}, {"type": "tool", "name": ccproxy.ANSWER}),
+    ({"tools": [FUNCTION], "parallel_tool_calls": False}, {"type": "any", ccproxy.SINGLE: True}),
+    ({"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+     {"type": "tool", "name": "f"})])
+def test_a_tool_for_a_schema_is_forced_whatever_the_caller_said_of_his_own(up, more, choice):
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"properties": {}}}}
+    for _ in "ab":
+        answer = up_ask(up, "chat", 'JSON:{"a": 1}', model="claude-sonnet-4-0", response_format=form, **more)
+        assert answer.status == 200 and json.loads(answer.text) == {"a": 1}
+        sent = up.api.bodies[-1]
+        assert sent["tool_choice"] == choice and sent["tools"][-1]["name"] == ccproxy.ANSWER
+        assert sent["tools"][-1]["input_schema"]["type"] == "object"
+
+
+def test_what_a_model_gives_at_most_is_learned_where_the_caller_said_nothing(tmp_path, own_key):
+    def play(sock):
+        sent = json.loads(up.heard[-1][1])["max_tokens"]
+        refused = json.dumps({"type": "error", "error": {"type": "invalid_request_error", "message":
+            f"max_tokens: {sent} > 8192, which is the maximum allowed number of output tokens"}})
+        good = STREAM_HEAD + b"".join(map(chunk, FRAMES_UP)) + b"0\r\n\r\n"
+        sock.sendall(good if sent <= 8192 else whole_answer(refused.encode(), status="400 Bad"))
+    with Odd(play) as up, relaying(tmp_path, up) as base:
+        body = {"model": "claude-old", "messages": ASK_MESSAGES}
+        for tries in (2, 3):
+            assert ask(base, "POST /api/v1/chat/completions", body=body).text == "Hello"
+            assert len(up.heard) == tries
+        refused = ask(base, "POST /api/v1/chat/completions", body={**body, "max_tokens": 9999})
+        assert refused.status == 400 and "9999 > 8192" in refused.error["message"]
+
+
+@pytest.mark.parametrize("status", [401, 429, 529])
+def test_a_list_of_models_that_fails_is_told_and_not_taken_for_none(tmp_path, own_key, status):
+    told = json.dumps({"type": "error", "error": {"type": "x", "message": "the list fails"}})
+    with Odd(whole_answer(told.encode(), status=f"{status} No")) as up, relaying(tmp_path, up) as base:
+        answer = ask(base, "POST /api/v1/chat/completions", body={"model": "gpt-4o",
+                                                                  "messages": ASK_MESSAGES})
+        assert answer.status == status and answer.error["message"] == "the list fails"
+
+
+def test_a_gateway_without_a_list_gets_the_name_as_it_is(tmp_path, own_key):
+    told = json.dumps({"type": "error", "error": {"type": "x", "message": "no list"}}).encode()
+    good = STREAM_HEAD + b"".join(map(chunk, FRAMES_UP)) + b"0\r\n\r\n"
+    with Odd(whole_answer(told, status="404 No"), good) as up, relaying(tmp_path, up) as base:
+        for _ in "ab":
+            answer = ask(base, "POST /api/v1/chat/completions", body={"model": "house/llama",
+                                                                      "messages": ASK_MESSAGES})
+            assert answer.text == "Hello" and json.loads(up.heard[-1][1])["model"] == "llama"
+
+
+def test_a_count_says_nothing_that_a_model_could_refuse(up):
+    answer = ask(up.url, "POST /api/v1/responses/input_tokens", body={
+        "model": "claude-sonnet-4-0", "input": "hi", "reasoning": {"effort": "high"},
+        "temperature": 0.1, "text": {"format": {"type": "json_schema", "name": "n", "schema": CLOSED}}})
+    assert answer.status == 200 and set(up.api.counted[0]) == {"model", "messages"}
+
+
+def test_rules_are_kept_once_and_not_without_end(tmp_path):
+    known = ccproxy.Refusals(str(tmp_path / "refusals.json"))
+    for n in range(300):
+        known.learn("m", [{"drop": "format", "with": [], "value": str(n)},
+                          {"drop": "temperature", "with": []}, {"drop": "x", "with": [], "once": True}])
+    assert len(known.rules["m"]) == ccproxy.MOST_RULES
+    assert [r["drop"] for r in known.rules["m"]].count("temperature") == 1
+
+
 def test_an_answer_to_a_schema_that_is_none_is_an_error(up):
     answer = up_ask(up, "chat", "NOJSON", response_format={"type": "json_object"})
     assert answer.status == 502 and "schema" in answer.error["message"]
@@ -6701,6 +6784,13 @@ def test_doctor_looks_at_the_upstream_if_that_serves(api, tmp_path):
     failed = run(tmp_path, "doctor", "--backend", "api", "--upstream-url", "http://127.0.0.1:1",
                  "--claude", "echo", ANTHROPIC_API_KEY="sk-ant-own")
     assert failed.returncode == 1 and "refuses connections" in failed.stdout
+    assert "next: ccproxy.py auth status" in failed.stdout
+    deep = run(tmp_path, "doctor", "--deep", "--backend", "api", "--upstream-url", api.url,
+               ANTHROPIC_API_KEY="sk-ant-own")
+    assert deep.returncode == 0 and "'You said: Answer: yes'" in deep.stdout
+    with Odd(whole_answer(b"{}", status="404 No")) as up:
+        told = run(tmp_path, "doctor", "--backend", "api", "--upstream-url", up.url)
+        assert told.returncode == 0 and "not listed" in told.stdout
 
 
 def test_the_log_tells_model_usage_and_reason_of_what_was_relayed(api, tmp_path):
