@@ -5168,33 +5168,32 @@ def test_an_error_before_a_response_is_a_status(url, stream):
 
 # -- cancelling
 
-@pytest.mark.parametrize("dialect, stream", [("chat", False), ("chat", True), ("messages", True),
-                                             ("responses", True)])
-def test_a_running_request_is_cancelled_by_its_id(tmp_path, dialect, stream):
-    fake = noted_stand_in(tmp_path)
-    with serving(tmp_path, claude=fake.path) as base:
-        body = {"model": "m", "input": SLOW, "stream": stream} if dialect == "responses" else (
-            question(SLOW, stream=stream))
-        sock = http_connect(base, request("POST " + PATHS_HTTP[dialect], "X-Request-Id: mine",
-                                          body=body, close=False))
-        assert busy(base, 1) and until(lambda: fake.pids)
-        until(lambda: False, 0.3)
-        assert ask(base, "DELETE /v1/requests/other").status == 404
-        told = ask(base, "DELETE /v1/requests/mine")
-        assert told.json == {"id": "mine", "object": "request", "cancelled": True}
-        assert gone(fake.pids)
-        sock.sendall(request("GET /health"))
-        first, second = answers(read_all(sock))         # the connection serves on
-        assert second.status == 200 and "cancelled" in first.body.decode()
-        if not stream:
-            assert first.status == 499 and first.error["message"] == "the request was cancelled"
-        elif dialect == "messages":
-            assert frames(first.body)[-1][0] == "error"
-        else:
-            assert "[DONE]" in str(frames(first.body)[-1]) or frames(first.body)[-1][0] == (
-                "response.failed")
-        assert ask(base, "DELETE /v1/requests/mine").status == 404
-        assert http_post(base, "hi").text == "hi"
+def test_a_running_request_is_cancelled_by_its_id(tmp_path):
+    def cancel(dialect, stream):
+        fake = noted_stand_in(tmp_path / f"{dialect}{stream}")
+        with serving(tmp_path / f"{dialect}{stream}", claude=fake.path) as base:
+            body = {"model": "m", "input": SLOW, "stream": stream} if dialect == "responses" else (
+                question(SLOW, stream=stream))
+            sock = http_connect(base, request("POST " + PATHS_HTTP[dialect], "X-Request-Id: mine",
+                                              body=body, close=False))
+            assert busy(base, 1) and until(lambda: fake.pids)
+            time.sleep(0.3)
+            assert ask(base, "DELETE /v1/requests/other").status == 404
+            told = ask(base, "DELETE /v1/requests/mine")
+            assert told.json == {"id": "mine", "object": "request", "cancelled": True}
+            assert gone(fake.pids)
+            sock.sendall(request("GET /health"))
+            first, second = answers(read_all(sock))         # the connection serves on
+            assert second.status == 200
+            assert ask(base, "DELETE /v1/requests/mine").status == 404
+            assert http_post(base, "hi").text == "hi"
+            return first
+    jobs = [("chat", False), ("chat", True), ("messages", True), ("responses", True)]
+    whole, chat, messages, responses = together(*[lambda job=job: cancel(*job) for job in jobs])
+    assert whole.status == 499 and whole.error["message"] == "the request was cancelled"
+    assert all(b"cancelled" in answer.body for answer in (chat, messages, responses))
+    assert frames(chat.body)[-1][1] == "[DONE]" and frames(messages.body)[-1][0] == "error"
+    assert frames(responses.body)[-1][0] == "response.failed"
 
 
 def test_a_relayed_request_is_cancelled_upstream(tmp_path, own_key):
@@ -5965,14 +5964,15 @@ ODD_EVENTS = [
 def test_odd_events_of_the_upstream_are_its_fault(tmp_path, own_key, dialect, event):
     frame = f"data: {json.dumps(event)}\n\n".encode()
     body = {"model": "claude-x", "input": "hi"} if dialect == "responses" else question("hi", model="claude-x")
-    for before in (0, 2, 3):
-        stream = STREAM_HEAD + b"".join(map(chunk, [*FRAMES_UP[:before], frame, *FRAMES_UP[-1:]])) + b"0\r\n\r\n"
-        for streamed in (False, True):
-            with Odd(stream) as up, relaying(tmp_path, up) as base:
-                answer = relay(base, f"POST {UP_PATHS[dialect]}", body={**body, "stream": streamed})
-                told = answer.body.decode()
-                assert answer.status in (200, 502, 500) and "a bug in ccproxy" not in told
-                assert answer.status != 500 or event["type"] == "error"
+    streams = [STREAM_HEAD + b"".join(map(chunk, [*FRAMES_UP[:before], frame, *FRAMES_UP[-1:]]))
+               + b"0\r\n\r\n" for before in (0, 2, 3) for _ in "ab"]
+    with Odd(*streams) as up, relaying(tmp_path, up) as base:
+        for at in range(len(streams)):
+            answer = relay(base, f"POST {UP_PATHS[dialect]}", body={**body, "stream": bool(at % 2)})
+            told = answer.body.decode()
+            assert answer.status in (200, 502, 500) and "a bug in ccproxy" not in told
+            assert answer.status != 500 or event["type"] == "error"
+        assert len(up.heard) == len(streams)
 
 
 def test_odd_usage_in_a_relayed_answer_troubles_nobody(tmp_path, own_key):
@@ -6214,7 +6214,7 @@ def test_auth_login_and_setup_token_hand_over_to_the_cli(tmp_path, what, words):
 
 @pytest.mark.parametrize("value", ["localhost:9", "http://127.0.0.1:99999", "ftp://x", "http://a b"])
 def test_an_odd_base_url_in_the_environment_is_named_at_start(tmp_path, value):
-    for argv in ([], ["auth"], ["doctor"]):
+    for argv in ([], ["auth"], ["doctor"])[:3 if value == "ftp://x" else 1]:
         told = run(tmp_path, *argv, "--claude", "echo", "--port", "0", ANTHROPIC_BASE_URL=value)
         assert told.returncode == 2 and "ANTHROPIC_BASE_URL" in told.stderr
         assert "Traceback" not in told.stderr
@@ -6318,7 +6318,7 @@ def test_tls_upstream_needs_a_certificate_that_is_trusted(tmp_path, own_key, pem
 
 def test_tls_to_an_upstream_that_speaks_none_is_a_502(tmp_path, own_key):
     with Odd(whole_answer()) as up, relaying(
-            tmp_path, up.url.replace("http:", "https:"), connect_timeout=2) as base:
+            tmp_path, up.url.replace("http:", "https:"), connect_timeout=0.5) as base:
         sock = http_connect(up.url)         # it answers a hello with nothing that is TLS
         sock.close()
         answer = relay(base)
@@ -7951,7 +7951,7 @@ def test_a_cancelled_request_ends_at_the_api_too(real, dialect):
 def test_effort_and_model_of_headers_reach_the_api(real):
     body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "low"}
     status, _, told = post(real.url, PATHS["chat"], body,
-                           {"X-CC-Model": "claude-opus-5", "X-CC-Effort": "high"})
+                           {"X-CC-Model": "claude-opus-4-6", "X-CC-Effort": "high"})
     assert status == 200 and told["model"] == "gpt-4o"
     sent = real.api.bodies[-1]
-    assert sent["model"] == "claude-opus-5" and sent["output_config"]["effort"] == "high"
+    assert sent["model"] == "claude-opus-4-6" and sent["output_config"]["effort"] == "high"
