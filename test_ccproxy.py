@@ -5494,6 +5494,13 @@ def test_readme_names_no_option_route_or_default_that_is_not_there():
         assert ccproxy.OPTIONS[name.replace("-", "_")][0] == float(default)
 
 
+def test_readmes_command_for_the_reverse_proxy_serves(tmp_path):
+    key, words = re.search(r"    ANTHROPIC_API_KEY=(\S+) python ccproxy.py (.+)\n", README).groups()
+    with command(tmp_path, *words.split(), ANTHROPIC_API_KEY=key) as proxy:
+        assert ask(proxy.url, "GET /readyz").json == {"status": "ready", "upstream": ccproxy.ANTHROPIC}
+        assert ask(proxy.url, "GET /status").json["processes"]["all"] == 0
+
+
 # == (g) the upstream API ==========================================================================
 
 def every_split(data):
