@@ -46,6 +46,7 @@ import time
 import traceback
 import urllib.parse
 import uuid
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -61,6 +62,7 @@ INSTALL = "npm install -g @anthropic-ai/claude-code"
 POSIX = os.name == "posix"
 EFFORTS = {"none": "none", "minimal": "low", "low": "low", "medium": "medium", "high": "high",
            "xhigh": "xhigh", "max": "max"}
+FULL_ID = r"claude-[\w.@:-]{1,100}"        # of a model
 FAMILIES = ("opus", "sonnet", "haiku", "fable")     # of models; each name means its newest
 
 
@@ -1320,6 +1322,7 @@ DIALECTS: dict[str, Dialect] = {
 # To let another field be dropped: a row in REFUSABLE.
 
 REFUSAL_TRIES = 4               # parameters dropped for one request, at most
+SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
 MOST_RULES = 200                # of a model; those of single schemas are many
 REFUSAL_DAYS = 30               # then a model is asked again: vendors lift restrictions, too
 REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error message names it
@@ -1501,7 +1504,6 @@ class Refusals:
                 await stream.aclose()
 
 
-
 # == 6. CLI protocol ===============================================================================
 # The words of the claude binary (stream-json and its control protocol): a launch as argv and
 # environment, a Turn as lines, its lines as events.  Pure: no process, no clock.  What it must not
@@ -1512,7 +1514,6 @@ SERVER = "client"                       # the MCP server under which the client'
 ANSWER_HELP = ("Use this tool to return your final response in the requested structured format. "
                "You MUST call this tool exactly once at the end of your response.")
 NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
-SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
 ANSWER_TRIES = 5        # messages until the model has answered to a schema; 2.1.110 has no end
 RESULT_LIMIT = 400_000  # characters; the CLI cuts a result over 500,000 that is no history
 PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the caller may decide
@@ -1568,6 +1569,11 @@ def wire_name(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
     return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:100].strip('_')}_{digest}"
+
+
+def wire_blocks(blocks: list[dict]) -> list[dict]:
+    return [{**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
+            for block in blocks]
 
 
 def wire_tools(turn: Turn) -> list[dict]:
@@ -1638,8 +1644,7 @@ def user_line(message: dict, uid: str, starts_turn: bool = True) -> dict:
 
 def assistant_line(message: dict, uid: str, model: str) -> dict:
     """An assistant message of the history.  Under another model's id its thinking is dropped."""
-    content = [{**b, "name": wire_name(b["name"])} if b["type"] == "tool_use" else b
-               for b in message["content"]]
+    content = wire_blocks(message["content"])
     return {"type": "assistant", "parent_tool_use_id": None, "session_id": "", "uuid": uid,
             "message": {"id": "msg_" + uid.replace("-", ""), "type": "message", "role": "assistant",
                         "model": model, "content": content, "stop_reason": None,
@@ -2580,7 +2585,7 @@ class Conversations:
         what the CLI knows and full Claude ids as they are; anything else is the default model.
         """
         name = asked.rpartition("/")[2]
-        pattern = rf"({'|'.join(FAMILIES)}|claude-[\w.@:-]{{1,100}})(\[1m\])?"
+        pattern = rf"({'|'.join(FAMILIES)}|{FULL_ID})(\[1m\])?"
         known = name in {m.get("value") for m in self.models} - {"default"}
         own = name if known or re.fullmatch(pattern, name) else self.settings.model
         return mapped_model(self.settings.models, asked) or own
@@ -2958,14 +2963,6 @@ def upstream_headers(sent: Mapping[str, str], credential: Credential | None) -> 
     return kept
 
 
-def own_headers(sent: Mapping[str, str]) -> dict[str, str]:
-    """Of a request that is made here for a caller: its credential, and what it says to the API."""
-    kept = {name: value for name, value in sent.items()
-            if name in ("x-api-key", "authorization") or name.startswith("anthropic-")}
-    return {"anthropic-version": API_VERSION, **kept, "content-type": "application/json",
-            "user-agent": f"ccproxy/{__version__}"}
-
-
 def end_to_end(own: Mapping[str, str], told: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The headers of a relayed answer: the upstream's, and ours that it does not have."""
     dropped = {*HOP_BY_HOP, "content-length"}
@@ -3036,7 +3033,6 @@ class Frames:
 
 def unpacked(data: bytes, coding: str) -> bytes:
     """The beginning of a body without its compression, for a look at it."""
-    import zlib
     with contextlib.suppress(zlib.error):
         return zlib.decompressobj(47).decompress(data, ERROR_LIMIT) if coding in PACKED else data
     return data
@@ -3049,10 +3045,8 @@ class Tap:
 
     def __init__(self, coding: str) -> None:
         self._head = self._tail = b""
-        self._plain = None
-        if coding in PACKED:
-            import zlib
-            self._plain = zlib.decompressobj(47)        # of either kind, by its first bytes
+        # of either kind, by its first bytes
+        self._plain = zlib.decompressobj(47) if coding in PACKED else None
         self._blind = coding not in ("", "identity", *PACKED)
 
     def feed(self, data: bytes) -> None:
@@ -3062,7 +3056,7 @@ class Tap:
             try:
                 data = self._plain.decompress(data, 16 * PIECE)
                 self._blind = bool(self._plain.unconsumed_tail)
-            except Exception:               # zlib.error: it is the client's to complain
+            except zlib.error:              # it is the client's to complain
                 self._blind = True
         if len(self._head) < self.KEPT:
             self._head += data[:self.KEPT - len(self._head)]
@@ -3146,7 +3140,7 @@ class Exchange:
         said = response.headers.get("content-length", "")
         bare = self.method == "HEAD" or response.status in (204, 304)
         self.length = left if not bare else int(said) if re.fullmatch("[0-9]{1,18}", said) else None
-        head = [(name, value) for name, value in response.headers.items()]
+        self.headers = response.headers.items()
         if left is None and not response.chunked:       # or half a head would pass for an answer
             self._put(response.read1(PIECE))
             if not self._pieces:
@@ -3154,7 +3148,7 @@ class Exchange:
         if events:
             self._sock.settimeout(self.upstream.settings.stall_timeout)
         if not whole:
-            self.headers, self.status = head, response.status
+            self.status = response.status   # with it the head is told
             self._tell()
         while left != 0:
             data = response.read1(PIECE if left is None else min(left, PIECE))
@@ -3169,7 +3163,7 @@ class Exchange:
             if response.clean and not (response.will_close or bare or self.closed):
                 self.upstream.links.put(self.link)
                 self._sock = self.link = None
-        self.headers, self.status = head, response.status
+        self.status = response.status
 
     def _put(self, data: bytes) -> None:
         """Hand on a piece; wait if too much of what came before was not taken yet."""
@@ -3262,6 +3256,10 @@ class Exchange:
             if self._sock is not None:      # wakes the thread that waits for it
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
         self._room.set()
+
+
+def with_port(host: str, port: int) -> str:
+    return host if re.search(r":\d+\Z", host) else f"{host}:{port}"
 
 
 class Links:
@@ -3375,21 +3373,18 @@ class Links:
 
     def _connect(self, request: Any, exchange: Exchange) -> Any:
         import http.client
-        secure = request.type == "https"
-        name, port = (request.host, 443) if secure and not request._tunnel_host else (
-            request.host, 80)
-        link = http.client.HTTPConnection(name, None if re.search(r":\d+\Z", name) else port,
-                                          timeout=self.settings.connect_timeout)
+        secure, far = request.type == "https", request._tunnel_host
+        link = http.client.HTTPConnection(
+            with_port(request.host, 443 if secure and not far else 80),
+            timeout=self.settings.connect_timeout)
         link._create_connection = functools.partial(self._dial, exchange)
-        if request._tunnel_host:
-            far = request._tunnel_host
-            link.set_tunnel(far if re.search(r":\d+\Z", far) else far + ":443",
-                            headers=request.headers)
+        if far:
+            link.set_tunnel(with_port(far, 443), headers=request.headers)
         link.connect()
         link.response_class = self.answer_class         # of answers, not of a proxy's
         if secure:
             sock = self.context.wrap_socket(
-                link.sock, server_hostname=host_name(request._tunnel_host or request.host),
+                link.sock, server_hostname=host_name(far or request.host),
                 do_handshake_on_connect=False)
             link.sock = sock
             exchange.own(sock)
@@ -3495,9 +3490,8 @@ def messages_request(turn: Turn, model: str, most: float = math.inf) -> dict:
     elif turn.schema is not None:
         tools.append({"name": ANSWER, "description": ANSWER_HELP,
                       "input_schema": {"type": "object", **turn.schema}})
-    messages = [{**message, "content": [
-        {**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
-        for block in message["content"]]} for message in turn.messages]
+    messages = [{**message, "content": wire_blocks(message["content"])}
+                for message in turn.messages]
     called = {block["name"] for message in messages for block in message["content"]
               if block["type"] == "tool_use"}
     if called and not tools:                # the API wants to know the tools of a history
@@ -3593,6 +3587,14 @@ class Upstream:
                            "shows what is there")
         return upstream_headers(sent, credential)
 
+    def own(self, sent: Mapping[str, str]) -> dict[str, str]:
+        """The headers of a request that is made here for a caller: of what he sent, his credential
+        and what he says to the API."""
+        kept = {name: value for name, value in sent.items()
+                if name in ("x-api-key", "authorization") or name.startswith("anthropic-")}
+        return self.headers({"anthropic-version": API_VERSION, **kept, "content-type":
+                             "application/json", "user-agent": f"ccproxy/{__version__}"})
+
     async def _ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> dict:
         """A whole JSON answer.  ApiError if it is none."""
         exchange = self.exchange(method, target, headers, body, self.settings.stall_timeout)
@@ -3638,7 +3640,7 @@ class Upstream:
         default = self.settings.model if self.settings.model != "default" else "sonnet"
         target = mapped_model(self.settings.models, asked) or asked.rpartition("/")[2]
         for name in (re.sub(r"\[1m\]\Z", "", target), default):
-            if re.fullmatch(r"claude-[\w.@:-]{1,100}", name):
+            if re.fullmatch(FULL_ID, name):
                 return name
             try:
                 names = [m["id"] for m in await self.known_models(headers)]
@@ -3657,7 +3659,7 @@ class Upstream:
     async def events(self, turn: Turn, message: Message, receipt: Receipt,
                      sent: Mapping[str, str]) -> AsyncIterator[list[dict]]:
         """Bursts of events of exactly one message, for a caller whose headers are `sent`."""
-        headers = self.headers(own_headers(sent))
+        headers = self.own(sent)
         model = await self.resolve(turn.model, headers)
         if turn.model.endswith("[1m]"):     # the CLI's word for a long context
             turn = replace(turn, ignored=(*turn.ignored, "model[1m]"))
@@ -3679,7 +3681,6 @@ class Upstream:
         while True:
             exchange = self.exchange("POST", "/v1/messages", headers, encode_json(messages_request(
                 turn, model, self._most.get(model, math.inf))), self.settings.stall_timeout)
-            error = None
             try:
                 await exchange.open()
                 receipt.upstream = exchange.header("request-id")
@@ -3688,7 +3689,7 @@ class Upstream:
                 error = upstream_refusal(exchange.status, exchange.headers,
                                          await exchange.read_all(ERROR_LIMIT))
             finally:
-                if error or exchange.status != 200:
+                if exchange.status != 200:
                     exchange.close()
             most = re.search(r"max_tokens: \d+ > (\d+)", error.message)
             if not most or "max_tokens" in turn.fields or model in self._most:
@@ -3721,7 +3722,7 @@ class Upstream:
 
     async def count(self, turn: Turn, sent: Mapping[str, str]) -> int:
         """Input tokens of a turn, as the upstream counts them."""
-        headers = self.headers(own_headers(sent))
+        headers = self.own(sent)
         model = await self.resolve(turn.model, headers)
         turn = replace(turn, fields={name: value for name, value in turn.fields.items()
                                      if name == "tool_choice"}, schema=None)
@@ -4036,8 +4037,8 @@ def route_path(path: str) -> tuple[str, str, str]:
     found = re.fullmatch(r"(.*?/(?:models|responses|requests))/(.+)", "/" + path.strip("/"), re.S)
     path, name = found.groups() if found else (path, "")
     parts, backend = [part for part in path.split("/") if part], ""
-    if (parts[:1] == ["chat"] and parts[1:2] not in ([], ["completions"])) or (
-            parts[:1] == ["api"] and parts != ["api", "hello"]):    # that is Claude Code's probe
+    own = parts[:2] == ["chat", "completions"] or parts in (["chat"], ["api", "hello"])
+    if parts and parts[0] in PREFIXES and not own:      # the last one is Claude Code's probe
         backend = parts.pop(0)
     known = "/" + "/".join(part for part in parts if part != "v1")
     for base in ("/chat/completions", "/messages", "/responses"):
@@ -4049,14 +4050,14 @@ def route_path(path: str) -> tuple[str, str, str]:
     return backend, known + "/" * bool(name), name
 
 
-def relay_target(request: Request) -> str:
-    """What is asked of the upstream: a known path in its plain form, others as they came.
+def relay_target(target: str, prefix: str, known: str, name: str) -> str:
+    """What is asked of the upstream, for a request's target and what route_path says of it: a known
+    path in its plain form, others as they came.
 
     /api/v1/v1/messages/?beta=true -> /v1/messages?beta=true,  /api/v1/files/a%20b -> the same
     without /api.  ApiError if the path could mean another one.
     """
-    prefix, known, name = route_path(request.path)
-    raw, mark, query = request.target.partition("?")
+    raw, mark, query = target.partition("?")
     if known in ROUTES and ROUTES[known][1] in ("answer", "count", "models"):
         raw = "/v1" + known + raw.partition(known)[2].strip("/") * bool(name)
     elif prefix:
@@ -4071,6 +4072,7 @@ class Call:
     request: Request
     now: Callable[[], float]
     name: str = ""                          # request id
+    route: tuple[str, str, str] = ("", "", "")      # as route_path says
     backend: str = ""
     asked: str = ""                         # the model as the body names it
     task: asyncio.Future | None = None      # its work, while that may be cancelled
@@ -4146,9 +4148,14 @@ class Call:
             self.passed = (self.passed + data)[-2:] if len(data) < 2 else data[-2:]
         self.connection.write(data)
 
+    @property
+    def between_events(self) -> bool:
+        """Whether an event of ours would fit into those that are relayed."""
+        return self.passed in (b"", b"\n\n")
+
     def probe(self) -> None:
         """The client of a relayed answer has ended its side: is it gone?"""
-        if self.passed in (b"", b"\n\n"):
+        if self.between_events:
             self.connection.write(PING)
         elif self.now() - self.written_at > 0.25:
             self.connection.abort()         # nothing can be said that it would read over
@@ -4169,7 +4176,7 @@ class Call:
             self.write(self.frames({**envelope, "type": "error"}))
             self.connection.end()
         elif self.passed is not None:       # events are relayed; the last one may be half there
-            self.connection.write(b"\n\n" * (self.passed not in (b"", b"\n\n"))
+            self.connection.write(b"\n\n" * (not self.between_events)
                                   + sse_frame({**envelope, "type": "error"}, "error"))
             self.connection.end()
         elif not self.ended:
@@ -4273,7 +4280,7 @@ class App:
         if origin is not None and check_origin(origin, host, self.settings.allow_origins):
             call.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin",
                                  "Access-Control-Expose-Headers": "*"})
-        prefix, known, _ = route_path(call.request.path)
+        prefix, known, _ = call.route = route_path(call.request.path)
         call.backend = prefix or self.settings.backend
         served, work, dialect = ROUTES.get(known, ("", "", ""))
         translated = dialect in ("chat", "responses")
@@ -4407,7 +4414,7 @@ class App:
 
     async def _relay(self, call: Call) -> None:
         """A request passed on upstream, and its answer passed back as it comes."""
-        request, target = call.request, relay_target(call.request)
+        request, target = call.request, relay_target(call.request.target, *call.route)
         if call.dialect and request.method == "POST":
             self._need_json(call)
         unused = [name for name in ("X-CC-Model", "X-CC-Effort") if name.lower() in request.headers]
@@ -4459,7 +4466,7 @@ class App:
 
     async def _cancel(self, call: Call) -> None:
         """End running requests of this caller by their id; their work ends as if he had gone."""
-        name = route_path(call.request.path)[2]
+        name = call.route[2]
         hits = [each for each in self.calls if each.name == name and each.task and not (
             each.ended or each.task.done() or each.receipt.caller != call.receipt.caller)]
         if not hits:
@@ -4471,7 +4478,7 @@ class App:
 
     async def _stored(self, call: Call) -> None:
         """GET or DELETE of a stored response; GET of its input, a page of it, newest first."""
-        name, _, part = route_path(call.request.path)[2].partition("/")
+        name, _, part = call.route[2].partition("/")
         who, query = (name, call.receipt.caller), call.request.query
         missing = ApiError("not_found", f"no response {name[:100]!r} is stored", "response_id")
         if call.request.method == "DELETE" and not part:
@@ -4492,8 +4499,8 @@ class App:
         """What the backend reports, by name and full id, and what --models names: for both SDKs."""
         named: dict[str, str] = {}
         made: dict[str, Any] = {}
-        models = await (self.upstream.known_models(self.upstream.headers(own_headers(
-            call.request.headers))) if call.backend == "api" else self.conversations.known_models())
+        models = await (self.upstream.known_models(self.upstream.own(
+            call.request.headers)) if call.backend == "api" else self.conversations.known_models())
         for model in models:
             for name in filter(None, map(model.get, ("value", "resolvedModel", "id"))):
                 named.setdefault(name, model.get("displayName") or model.get("display_name")
@@ -4506,7 +4513,7 @@ class App:
                     "owned_by": "anthropic", "created": self._started,
                     "created_at": made.get(name) or since}
                    for name, shown in named.items()]
-        wanted = route_path(call.request.path)[2]
+        wanted = call.route[2]
         if wanted and wanted not in named:
             raise ApiError("not_found", f"no model is named {wanted[:100]!r}; GET /v1/models lists "
                            "them", param="model")
@@ -4611,6 +4618,17 @@ async def ask_once(settings: Settings, events: Callable) -> bool:
     return True
 
 
+async def examine_upstream(upstream: Upstream) -> None:
+    """Print where the upstream is and what models it lists, if any.  ApiError if it fails."""
+    models = []
+    try:
+        models = [model["id"] for model in await upstream.known_models(upstream.own({}))]
+    except ApiError as error:
+        if error.status not in NO_LIST:
+            raise
+    print(f"ok    upstream {upstream.base}, models: {', '.join(models) or 'not listed'}")
+
+
 async def examine(settings: Settings, deep: bool) -> bool:
     """Print what a request depends on; False if one would fail, with the next command to run."""
     talk, started = Conversations(settings), time.perf_counter()
@@ -4619,13 +4637,7 @@ async def examine(settings: Settings, deep: bool) -> bool:
     try:
         print(f"ok    Python {sys.version.split()[0]}")
         if settings.backend == "api":
-            headers, models = upstream.headers(own_headers({})), []
-            try:
-                models = [model["id"] for model in await upstream.known_models(headers)]
-            except ApiError as error:
-                if error.status not in NO_LIST:
-                    raise
-            print(f"ok    upstream {upstream.base}, models: {', '.join(models) or 'not listed'}")
+            await examine_upstream(upstream)
             return not deep or await ask_once(settings, functools.partial(upstream.events, sent={}))
         print("ok    claude at", *await talk.command(), f"is version {talk.version}")
         models = [[m.get("value"), m.get("resolvedModel")] for m in await talk.known_models()]
