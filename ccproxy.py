@@ -11,6 +11,8 @@ CLI processes wait warm, so no request starts one.
     python ccproxy.py                   serve on http://127.0.0.1:8082
     python ccproxy.py --claude echo     the same without Claude Code: a built-in stand-in answers
     python ccproxy.py doctor            check the CLI, its login and its models
+    python ccproxy.py --backend agent   Claude Code with its own tools instead (always at /sdk)
+    python ccproxy.py approve           answer in this terminal what agents may do
     python ccproxy.py --backend api     relay to the Anthropic API instead (always at /api)
     with ccproxy.running() as url: ...  serve in a thread, for scripts and tests
 
@@ -24,6 +26,7 @@ import base64
 import contextlib
 import fnmatch
 import functools
+import glob
 import hashlib
 import hmac
 import importlib
@@ -32,8 +35,10 @@ import ipaddress
 import json
 import math
 import os
+import queue
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -49,7 +54,7 @@ import uuid
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from http import HTTPStatus
 from typing import Any, AsyncIterator, Callable, Iterable, Iterator, Mapping, NamedTuple
 
@@ -84,6 +89,7 @@ ERRORS: dict[str, tuple[int, str, str]] = {     # kind -> HTTP status, Anthropic
     "insufficient_quota": (402, "billing_error", "insufficient_quota"),
     "forbidden": (403, "permission_error", "permission_error"),
     "not_found": (404, "not_found_error", "invalid_request_error"),
+    "conflict": (409, *CALLER),
     "request_too_large": (413, "request_too_large", "invalid_request_error"),
     "rate_limit_exceeded": (429, "rate_limit_error", "rate_limit_error"),
     "timeout": (504, "timeout_error", "server_error"),
@@ -138,6 +144,17 @@ def parse_input(text: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """What a CLI process was started as; it stays that to its end."""
+    agent: bool = False                     # Claude Code with its own tools; else a bare model
+    workspace: str = ""                     # its name, if it has one
+    cwd: str = ""                           # working directory; "" for one of its own
+    permission_mode: str = ""
+    kept: bool = False                      # the CLI keeps the conversation as a session
+    resume: str = ""                        # id of the CLI's session that it goes on with
+
+
+@dataclass(frozen=True)
 class Turn:
     """What a caller asks of the model, whatever dialect it asked in."""
     model: str                              # as the caller wrote it; the reply repeats it
@@ -150,6 +167,8 @@ class Turn:
     said: Mapping[str, str] = field(default_factory=dict)    # our field -> the caller's name for it
     ignored: tuple[str, ...] = ()           # the caller's fields that cannot be honoured
     wants: Mapping[str, Any] = field(default_factory=dict)   # about the wire: "usage", "tools"
+    launch: Launch = Launch()               # what has to answer it, if it is a CLI
+    session: str = ""                       # the caller's name of a session, if it is one
 
     @functools.cached_property
     def strict(self) -> str:
@@ -252,12 +271,56 @@ def words(value: Any) -> list[str]:
     return [str(item).strip() for item in items if str(item).strip()]
 
 
-def mapping(value: Any) -> dict[str, str]:
+def mapping(value: Any) -> dict[str, Any]:
     """"fast=haiku,gpt-*=sonnet" -> {"fast": "haiku", "gpt-*": "sonnet"}; a dict as it is."""
-    pairs = value.items() if isinstance(value, dict) else [w.split("=") for w in words(value)]
+    pairs = value.items() if isinstance(value, dict) else [w.split("=", 1) for w in words(value)]
     if not all(len(pair) == 2 and all(str(text).strip() for text in pair) for pair in pairs):
-        raise ValueError("expected NAME=MODEL,...")
-    return {str(name).strip(): str(target).strip() for name, target in pairs}
+        raise ValueError("expected NAME=VALUE,...")
+    return {str(name).strip(): target if isinstance(target, dict) else str(target).strip()
+            for name, target in pairs}
+
+
+def aliases(value: Any) -> dict[str, dict[str, str]]:
+    """"fast=haiku" -> {"fast": {"model": "haiku"}}; in a file a table of ALIAS fields each."""
+    found = {}
+    for name, target in mapping(value).items():
+        found[name] = {} if isinstance(target, dict) else {"model": target}
+        for key, said in target.items() if isinstance(target, dict) else ():
+            if key not in ALIAS:
+                raise ValueError(f"{name}.{key}: expected one of {', '.join(ALIAS)}")
+            try:
+                found[name][key] = ALIAS[key](said)
+            except (ValueError, TypeError) as exc:
+                raise ValueError(f"{name}.{key}: {exc}") from None
+    return found
+
+
+def folder(value: Any) -> str:
+    """A directory's absolute path; "" stays that.  ValueError if there is none."""
+    path = os.path.abspath(os.path.expanduser(string(value))) if value else ""
+    if path and not os.path.isdir(path):
+        raise ValueError(f"{path} is no directory")
+    return path
+
+
+def folders(value: Any) -> dict[str, str]:
+    """"web=/srv/web,..." -> {"web": "/srv/web"}."""
+    named = {name: folder(path) for name, path in mapping(value).items()}
+    if not all(re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII) for name in named):
+        raise ValueError("expected names of letters, digits, '.', '_' and '-'")
+    return named
+
+
+def rules(value: Any) -> list[str]:
+    """"Read, Bash(git log:*), ..." -> its rules; a comma inside of parentheses ends none."""
+    return [str(item) for item in value] if isinstance(value, list) else [
+        rule.strip() for rule in re.findall(r"(?:[^,(]|\([^)]*\))+", str(value)) if rule.strip()]
+
+
+def arguments(value: Any) -> list[str]:
+    """Arguments as a shell would read them; a list of such texts one after the other."""
+    texts = value if isinstance(value, list) else [value]
+    return [word for text in texts for word in shlex.split(str(text))]
 
 
 def within(kind: type, low: float, high: float = 1e9) -> Callable[[Any], Any]:
@@ -308,18 +371,39 @@ def base_url(value: Any) -> str:
 
 
 whole, seconds = within(int, 0), within(float, 0.001)
-
+BACKENDS, VERBOSITIES = ("chat", "agent", "api"), ("text", "narrated", "verbose", "formatted")
+MODES = ("default", "acceptEdits", "plan", "bypassPermissions", "dontAsk", "auto")
+ALIAS: dict[str, Callable[[Any], Any]] = {      # field of [models.NAME] -> check
+    "model": string, "workspace": string, "effort": one_of(*EFFORTS), "system": string,
+    "permission_mode": one_of(*MODES), "verbosity": one_of(*VERBOSITIES),
+    "backend": one_of(*BACKENDS)}
 
 OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> default, check, help
     "host": ("127.0.0.1", string, "address to listen on; others than loopback need a key"),
     "port": (8082, within(int, 0, 65535), "port to listen on; 0 picks a free one"),
     "api_key": ("", string, "key that callers must send (Bearer or x-api-key)"),
-    "backend": ("chat", one_of("chat", "api"), "what answers /v1: the CLI (chat), or the upstream "
-                "API (api), which /api/v1 always means"),
+    "backend": ("chat", one_of(*BACKENDS), "what answers /v1: the CLI as a model (chat), as Claude "
+                "Code with its tools (agent, always at /sdk), the upstream API (api, at /api)"),
     "claude": ("", string, "claude binary; `echo` is the built-in stand-in (default: search)"),
     "model": ("default", string, "model for names that nothing else explains"),
-    "models": ({}, mapping, "model names to map, as NAME=MODEL,...; NAME may hold *"),
+    "models": ({}, aliases, "model names to map, as NAME=MODEL,...; NAME may hold *"),
     "effort": ("", one_of("", *EFFORTS), "effort of requests that say nothing of it or thinking"),
+    "workspaces": ({}, folders, "agent: directories by name, as NAME=PATH,..."),
+    "cwd": ("", folder, "agent: directory where no workspace is named (default: a private one)"),
+    "ask_workspace": (False, flag, "agent: first ask which workspace, if none is named"),
+    "permission_mode": ("default", one_of(*MODES), f"agent: {', '.join(MODES)}"),
+    "permission_timeout": (120.0, seconds, "agent: seconds to answer whether a tool may run"),
+    "allowed_tools": ([], rules, "agent: rules of what may run unasked, as Read,Bash(git log:*)"),
+    "disallowed_tools": ([], rules, "agent: rules of what may never run"),
+    "max_turns": (0, whole, "agent: messages of the model in one turn; 0 for any number"),
+    "add_dir": ([], words, "agent: further directories that tools may use, comma-separated"),
+    "mcp_config": ([], words, "agent: files with MCP servers, comma-separated"),
+    "append_system_prompt": ("", string, "agent: text behind Claude Code's own prompt"),
+    "claude_arg": ([], arguments, "agent: further arguments of claude (may be repeated)"),
+    "verbosity": ("text", one_of(*VERBOSITIES), "agent: how its tools show in an answer: "
+                  f"{', '.join(VERBOSITIES)}"),
+    "session_ttl": (30.0, seconds, "agent: days that a session is kept without use"),
+    "i_am_sandboxed": (False, flag, "agent: this machine is a sandbox; root may bypass permissions"),
     "max_processes": (8, within(int, 1), "CLI processes at once, spares included"),
     "warm": (2, whole, "spare processes that wait for new conversations"),
     "idle_ttl": (600.0, seconds, "seconds an idle conversation keeps its process"),
@@ -361,6 +445,17 @@ class Settings:
                 raise ConfigError(f"{name}: {exc}") from None
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("tls_cert and tls_key go together")
+        for name, alias in self.models.items():
+            if alias.get("workspace", "") not in ("", *self.workspaces):
+                raise ConfigError(f"models: {name}.workspace: {alias['workspace']!r} is not among "
+                                  "the workspaces")
+        modes = {self.permission_mode, *(a.get("permission_mode") for a in self.models.values())}
+        root = POSIX and os.geteuid() == 0
+        if "bypassPermissions" in modes and root and not self.i_am_sandboxed:
+            raise ConfigError("permission_mode: bypassPermissions as root lets every caller do "
+                              "anything on this machine; --i-am-sandboxed says it is a sandbox")
+        if self.ask_workspace and not self.workspaces:
+            raise ConfigError("ask_workspace: there are no workspaces to ask for")
 
 
 def state_dir(settings: Settings) -> str:
@@ -370,12 +465,12 @@ def state_dir(settings: Settings) -> str:
     return settings.state_dir or os.path.join(os.path.expanduser(home or "~"), "ccproxy")
 
 
-def mapped_model(table: Mapping[str, str], asked: str) -> str:
+def alias_of(table: Mapping[str, dict[str, str]], asked: str) -> dict[str, str]:
     """What --models says of a name, with or without its vendor: names first, then patterns."""
     names = asked, asked.rpartition("/")[2]
     hits = [key for key in table if key in names] + [
         key for key in table if fnmatch.filter(names, key)]
-    return table[hits[0]] if hits else ""
+    return table[hits[0]] if hits else {}
 
 
 def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
@@ -528,8 +623,11 @@ CHOICES = {"auto": "auto", "none": "none", "any": "any", "required": "any"}
 SINGLE = "disable_parallel_tool_use"       # the field of a tool_choice
 SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "code_interpreter", "tool_search",
                 "file_search", "mcp", "advisor", "image_generation")    # run by the vendor's API
+OWN_CALL, OWN_RESULT = "mcp_tool_use", "mcp_tool_result"    # what Claude Code ran by itself, in the
+                                            # API's words for tools that somebody else runs
 PASSED_ON = ("redacted_thinking", "search_result", "server_tool_use",
-             "web_search_tool_result")      # blocks of the API's own that come back in a history
+             "web_search_tool_result", OWN_CALL, OWN_RESULT)    # come back in a history
+PAUSED = "pause_turn"       # stop reason of a turn that was cut off, and may be continued
 ROLES = ("user", "assistant", "system", "developer", "tool", "function")
 SAID = {"function": "arguments", "custom": "input"}     # envelope of a call -> its field of text
 FREE_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
@@ -537,7 +635,7 @@ FREE_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "r
 TOOL_FIELDS = {"type", "name", "description", "parameters", "input_schema", "strict", "format",
                "cache_control"}
 THOUGHTS = ("thinking", "redacted_thinking")
-SHOWN = ("text", "tool_use", *THOUGHTS)     # blocks that Responses has items for
+SHOWN = ("text", "tool_use", OWN_RESULT, *THOUGHTS)     # blocks that Responses has items for
 NAMES = {str: "a string", list: "an array", dict: "an object", bool: "true or false",
          int: "an integer", float: "a number"}
 
@@ -717,6 +815,14 @@ def parse_reasoning(item: dict, where: str) -> list[dict]:
 def parse_item(item: dict, where: str) -> tuple[str, list[dict]]:
     """An item of Responses that is no message, as (role, blocks)."""
     kind = need(item.get("type"), where + ".type", str)
+    if kind == "mcp_call":
+        name = str(item.get("name"))
+        said = item.get("output") if item.get("output") is not None else item.get("error")
+        return "assistant", [
+            {"type": OWN_CALL, "name": name, "input": parse_arguments(
+                item.get("arguments"), where + ".arguments")},
+            {"type": OWN_RESULT, "is_error": bool(item.get("error")),
+             "content": parse_parts(said, where + ".output")}]
     if kind not in ("function_call", "custom_tool_call", "function_call_output",
                     "custom_tool_call_output", "reasoning"):
         raise refusal(where + ".type", f"items of type {kind[:40]!r} cannot be used here")
@@ -949,6 +1055,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {    # field of a bod
     **dict.fromkeys(("response_format", "output_format", "output_config.format", "text.format"),
                     ("schema", parse_format)),
     "thinking": ("thinking", parse_thinking),
+    "session_id": ("session", typed(str)),
     "stream": ("stream", typed(bool)), "parallel_tool_calls": ("parallel", typed(bool)),
     "stream_options": ("usage", lambda value, where: optional(
         need(value, where, dict), "include_usage", bool, where + ".")),
@@ -1014,8 +1121,8 @@ def parse_body(body: dict, earlier: list = ()) -> Turn:
     fields.update(finish_choice(fields.pop("tool_choice", None), tools, parallel))
     return Turn(model, messages, system, tuple(tools), fields, fields.pop("schema", None),
                 fields.pop("stream", False), {**said, "strict": "tools.strict"},
-                tuple(sorted(ignored)),
-                {wish: value for wish, value in wants.items() if value})
+                tuple(sorted(ignored)), {wish: value for wish, value in wants.items() if value},
+                session=fields.pop("session", ""))
 
 
 # -- Messages: https://docs.anthropic.com/en/api/messages
@@ -1047,7 +1154,7 @@ def messages_error(error: ApiError) -> dict:
 # -- Chat Completions: https://platform.openai.com/docs/api-reference/chat
 
 CHAT_FINISH = {"tool_use": "tool_calls", "max_tokens": "length", "refusal": "content_filter",
-               "model_context_window_exceeded": "length"}     # others, unknown ones too: "stop"
+               "model_context_window_exceeded": "length", PAUSED: "length"}     # others: "stop"
 
 
 def chat_object(message: Message, kind: str, choices: list[dict], **more: Any) -> dict:
@@ -1174,12 +1281,13 @@ UNSERVED = {"background": "responses are not run in the background here; leave i
             "conversation": "conversations are not kept here; use previous_response_id",
             "prompt": "prompt templates are not kept here; send `instructions` and `input`"}
 CUT_SHORT = {"max_tokens": "max_output_tokens", "refusal": "content_filter",
-             "model_context_window_exceeded": "max_output_tokens"}
+             "model_context_window_exceeded": "max_output_tokens", PAUSED: "max_output_tokens"}
 TOLD = {    # type of an output item -> its events' stem, its part's and index, its field of text
     "message": ("response.output_text", "response.content_part", "content_index", "content"),
     "reasoning": ("response.reasoning_summary_text", "response.reasoning_summary_part",
                   "summary_index", "summary"),
     "function_call": ("response.function_call_arguments", "", "", "arguments"),
+    "mcp_call": ("response.mcp_call_arguments", "", "", "arguments"),
     "custom_tool_call": ("response.custom_tool_call_input", "", "", "input")}
 
 
@@ -1215,6 +1323,14 @@ def response_item(message: Message, at: int, done: bool = True) -> dict:
         proof = f"{kind}:{block.get('signature') or block.get('data') or ''}"
         return {"id": "rs_" + name, "type": "reasoning", "status": status, "summary": parts,
                 "encrypted_content": proof if done else None}
+    if kind == OWN_RESULT:                  # call and result are one item
+        call = next(b for b in message.content if b.get("id") == block["tool_use_id"])
+        texts = "".join(part.get("text", f"[{part['type']}]") for part in block["content"])
+        slot, other = ("error", "output") if block["is_error"] else ("output", "error")
+        return {"id": "mcp_" + name, "type": "mcp_call", "status": status, "name": call["name"],
+                "server_label": call["server_name"], "approval_request_id": None,
+                "arguments": call_text(message, call) if done else "", other: None,
+                slot: texts if done else None}
     if kind != "tool_use":
         return {}
     called = {"status": status, "call_id": block["id"], "name": block["name"],
@@ -1260,7 +1376,7 @@ def block_events(message: Message, at: int, step: str, delta: dict) -> list[dict
                 *part]
     more = {"logprobs": []} if item["type"] == "message" else {}
     late = step == "done" and not index and (       # a free tool's text, or "{}" without a piece
-        slot == "input" or not message.arguments.get(item["call_id"]))
+        slot == "input" or not message.arguments.get(item.get("call_id")))
     text = told if late else delta.get(DELTAS.get(delta.get("type"), ("",))[0])
     seen = late or delta.get("type") != "signature_delta" and slot != "input"
     events = [{"type": stem + ".delta", **inner, "delta": text, **more}] if text and seen else []
@@ -1423,6 +1539,9 @@ class Receipt:
     ignored: list[str] = field(default_factory=list)
     cost: float | None = None               # US dollars, if the CLI said it
     upstream: str = ""                      # the upstream's own id of the request
+    request: str = ""                       # our id of it
+    session: str = ""                       # the CLI's id of its session, if one is kept
+    home: str = ""                          # and the private directory that belongs to it
 
 
 class Refusals:
@@ -1514,6 +1633,8 @@ SERVER = "client"                       # the MCP server under which the client'
 ANSWER_HELP = ("Use this tool to return your final response in the requested structured format. "
                "You MUST call this tool exactly once at the end of your response.")
 NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
+TELLING = ("command", "file_path", "path", "notebook_path", "pattern", "query", "url", "skill",
+           "description", "prompt")     # arguments of Claude Code's tools, the first tells most
 ANSWER_TRIES = 5        # messages until the model has answered to a schema; 2.1.110 has no end
 RESULT_LIMIT = 400_000  # characters; the CLI cuts a result over 500,000 that is no history
 PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the caller may decide
@@ -1521,9 +1642,17 @@ IDENTITY = re.compile("You are (Claude Code|a Claude agent).*")     # alone it r
 OUTER_ENV = re.compile(r"CLAUDECODE$|CLAUDE_AGENT_|CCPROXY_|CLAUDE_CODE_(?!OAUTH_TOKEN$|USE_\w+$|"
                        r"SKIP_\w+_AUTH$|CLIENT_\w+$)")  # of an outer session, or ours
 CLI_SWITCHES = (
-    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
-    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK", "CLAUDE_CODE_DISABLE_FILE_MENTIONS",
-    "CLAUDE_CODE_DISABLE_ATTACHMENTS", "DISABLE_AUTOUPDATER", "DISABLE_COMPACT")
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK",
+    "CLAUDE_CODE_DISABLE_FILE_MENTIONS", "DISABLE_AUTOUPDATER")
+CHAT_SWITCHES = (*CLI_SWITCHES, "CLAUDE_AGENT_SDK_MCP_NO_PREFIX", "DISABLE_COMPACT",
+                 "CLAUDE_CODE_DISABLE_ATTACHMENTS")
+AGENT_SWITCHES = (*CLI_SWITCHES, "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS",   # a turn has an end
+                  "CLAUDE_CODE_DISABLE_CRON")
+NO_MENTIONS = (2, 1, 197)   # older ones read "@file" unless all attachments are switched off
+MARK = "CCPROXY_CHILD"      # variable by which a CLI's tools and their children are found
+PREFIX = f"mcp__{SERVER}__"             # of the client's tools in agent mode
+UNUSABLE = ("AskUserQuestion", "ScheduleWakeup", "Monitor", "CronCreate", "CronDelete",
+            "CronList")     # tools of Claude Code that ask a terminal, or outlive their turn
 # Words of JSON schema that the CLI's validator (Ajv, draft 7) knows, or that narrow what is valid:
 # it must see those, and refuses a schema that it cannot check.  Others only annotate, but it
 # refuses a whole schema for one unknown word ("format": "date-time", "x-order"): left out.
@@ -1538,23 +1667,46 @@ SCHEMA_MAPS = ("properties", "patternProperties", "definitions", "$defs", "depen
 SCHEMA_DATA = ("enum", "const", "default", "required", "dependentRequired", "dependencies")
 
 
-def claude_argv(command: list[str], model: str) -> list[str]:
-    """The command line of a chat process; everything else is said over stdin."""
+def claude_argv(command: list[str], model: str, agent: Iterable[str] = ()) -> list[str]:
+    """The command line of a process, for an agent with agent_options; everything else is said over
+    stdin."""
     fixed = ("-p --input-format stream-json --output-format stream-json --verbose "
-             "--include-partial-messages --permission-prompt-tool stdio --strict-mcp-config "
-             "--disable-slash-commands --no-session-persistence --tools= --setting-sources=")
-    return [*command, *fixed.split(), *([f"--model={model}"] if model != "default" else [])]
+             "--include-partial-messages --permission-prompt-tool stdio")
+    chat = ("--strict-mcp-config --disable-slash-commands --no-session-persistence --tools= "
+            "--setting-sources=")
+    return [*command, *fixed.split(), *(agent or chat.split()),
+            *([f"--model={model}"] if model != "default" else [])]
 
 
-def claude_env(environ: Mapping[str, str], retries: int, patience_s: float) -> dict[str, str]:
+def agent_options(launch: Launch, settings: Settings) -> list[str]:
+    """What of an agent's command line the operator has said."""
+    told = {"max-turns": settings.max_turns or "", "resume": launch.resume,
+            "allowedTools": ",".join(settings.allowed_tools),
+            "disallowedTools": ",".join([*UNUSABLE, *settings.disallowed_tools])}
+    return [f"--permission-mode={launch.permission_mode}",
+            *([] if launch.kept else ["--no-session-persistence"]),
+            *(f"--{name}={value}" for name, value in told.items() if value),
+            *(f"--add-dir={path}" for path in settings.add_dir),
+            *(f"--mcp-config={path}" for path in settings.mcp_config), *settings.claude_arg]
+
+
+def claude_env(environ: Mapping[str, str], retries: int, patience_s: float,
+               switches: Iterable[str] = CHAT_SWITCHES) -> dict[str, str]:
     """The inherited environment without an outer session's, plus what makes the CLI an API."""
     kept = {name: value for name, value in environ.items() if not OUTER_ENV.match(name)}
     patience = str(int(patience_s * 1000))
-    return {**kept, **dict.fromkeys(CLI_SWITCHES, "1"), "ENABLE_TOOL_SEARCH": "false",
-            "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": str(10**8),      # tokens; the API knows its own
+    endless = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": str(10**8)}   # tokens; the API knows its own
+    return {**kept, **dict.fromkeys(switches, "1"), "ENABLE_TOOL_SEARCH": "false",
+            **(endless if "DISABLE_COMPACT" in switches else {}),
             "MAX_MCP_OUTPUT_TOKENS": str(10**8),
             "CLAUDE_CODE_MAX_RETRIES": str(retries), "MCP_TOOL_TIMEOUT": patience,
             "CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT": patience}
+
+
+def agent_switches(version: tuple[int, ...], sandboxed: bool) -> list[str]:
+    """The variables that are 1 for an agent of this version of the CLI."""
+    return [*AGENT_SWITCHES, *["IS_SANDBOX"] * sandboxed,
+            *["CLAUDE_CODE_DISABLE_ATTACHMENTS"] * (() < version < NO_MENTIONS)]
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -1563,21 +1715,60 @@ def parse_version(text: str) -> tuple[int, ...]:
     return tuple(map(int, found.groups())) if found else ()
 
 
-def wire_name(name: str) -> str:
-    """A tool name that the API and every CLI take; most are kept as they are."""
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,128}", name) and name not in NO_TOOL_NAMES:
-        return name
+def wire_name(name: str, prefix: str = "") -> str:
+    """A tool name that the API and every CLI take, also behind a prefix; most are kept."""
+    if re.fullmatch(r"[A-Za-z0-9_-]+", name) and name not in NO_TOOL_NAMES and (
+            len(prefix + name) <= 128):
+        return prefix + name
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:100].strip('_')}_{digest}"
+    return f"{prefix}{re.sub('[^A-Za-z0-9_-]', '_', name)[:100].strip('_')}_{digest}"
 
 
-def wire_blocks(blocks: list[dict]) -> list[dict]:
-    return [{**block, "name": wire_name(block["name"])} if block["type"] == "tool_use" else block
-            for block in blocks]
+def call_prefix(turn: Turn) -> str:
+    """What the CLI puts before the names of the client's tools."""
+    return PREFIX if turn.launch.agent else ""
+
+
+def gist(value: Any, most: int = 120) -> str:
+    """The beginning of a text or of a tool's most telling argument, on one line.
+
+    {"command": "npm test", "timeout": 9} -> "npm test",  {"a": [1]} -> '{"a": [1]}'
+    """
+    if isinstance(value, dict):
+        telling = [value[name] for name in TELLING if isinstance(value.get(name), str)]
+        value = telling[0] if telling else json.dumps(value) if value else ""
+    line = " ".join(str(value)[:4 * most].split())
+    return line if len(line) <= most else line[:most - 3] + "..."
+
+
+def result_text(block: dict) -> str:
+    """What a tool of the agent's gave, as text."""
+    return "".join(part.get("text", f"[{part.get('type')}]") for part in block["content"])
+
+
+def narration(block: dict, name: str = "") -> str:
+    """A line about a tool that the agent ran, or about what came of it."""
+    if block["type"] == OWN_CALL:
+        said = gist(block["input"])
+        return f"[{block['name']}: {said}]" if said else f"[{block['name']}]"
+    verb, said = "failed" if block.get("is_error") else "gave", result_text(block)
+    lines = said.count("\n") + 1
+    more = f" ({lines} lines)" if lines > 1 else ""
+    return f"[{name or 'it'} {verb}: {gist(said) or 'nothing'}{more}]"
+
+
+def wire_blocks(blocks: list[dict], prefix: str = "") -> list[dict]:
+    """Blocks of a history as the CLI and the API take them; of what the agent ran in an earlier
+    turn remains a line."""
+    return [{**block, "name": wire_name(block["name"], prefix)} if block["type"] == "tool_use" else
+            {"type": "text", "text": narration(block)} if block["type"] in (OWN_CALL, OWN_RESULT)
+            else block for block in blocks]
 
 
 def wire_tools(turn: Turn) -> list[dict]:
-    return [{**tool, "name": wire_name(tool["name"])} for tool in turn.tools]
+    """The client's tools with names that hold behind the prefix that they may get."""
+    cut = len(call_prefix(turn))
+    return [{**tool, "name": wire_name(tool["name"], call_prefix(turn))[cut:]} for tool in turn.tools]
 
 
 def wire_schema(schema: Any) -> Any:
@@ -1601,7 +1792,9 @@ def initialize_request(turn: Turn) -> dict:
         "jsonSchema": wire_schema(turn.schema),
         "hooks": {"PostToolUse": [{"matcher": ANSWER, "hookCallbackIds": [ANSWER]}]}}
     system = turn.system + "\n" * bool(IDENTITY.fullmatch(turn.system))
-    return {"subtype": "initialize", "systemPrompt": [system], **schema,
+    prompt = {"systemPrompt": [system]} if not turn.launch.agent else (
+        {"appendSystemPrompt": turn.system} if turn.system.strip() else {})
+    return {"subtype": "initialize", **prompt, **schema,
             **({"sdkMcpServers": [SERVER]} if turn.tools else {})}
 
 
@@ -1614,15 +1807,15 @@ def settings_request(turn: Turn, model: str | None) -> dict:
     by_switch = silent and ("top_p" not in body or "temperature" in body)
     if silent and not by_switch:
         body["context_management"] = {"edits": []}
-    if turn.tools:                          # the caller's exact definitions, which the CLI alters
+    if turn.tools and not turn.launch.agent:    # the exact definitions, which the CLI alters
         body["tools"] = wire_tools(turn) + [{"name": ANSWER, "description": ANSWER_HELP,
             "input_schema": wire_schema(turn.schema)}] * (turn.schema is not None)
     choice = body.get("tool_choice", {})
     if "name" in choice:
-        body["tool_choice"] = {**choice, "name": wire_name(choice["name"])}
+        body["tool_choice"] = {**choice, "name": wire_name(choice["name"], call_prefix(turn))}
     return {"subtype": "apply_flag_settings", "settings": {
         "effortLevel": turn.fields.get("effort"), **({"model": model} if model else {}),
-        **({"permissions": {"allow": [f"mcp__{SERVER}__*"]}} if turn.tools else {}),
+        **({"permissions": {"allow": [PREFIX + "*"]}} if turn.tools else {}),
         "env": {"CLAUDE_CODE_EXTRA_BODY": json.dumps(body),
                 "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(body.get("max_tokens") or ""),
                 "CLAUDE_CODE_DISABLE_THINKING": "1" if by_switch else ""}}}
@@ -1642,17 +1835,19 @@ def user_line(message: dict, uid: str, starts_turn: bool = True) -> dict:
             **({} if starts_turn else {"shouldQuery": False})}
 
 
-def assistant_line(message: dict, uid: str, model: str) -> dict:
+def assistant_line(message: dict, uid: str, model: str, prefix: str = "") -> dict:
     """An assistant message of the history.  Under another model's id its thinking is dropped."""
-    content = wire_blocks(message["content"])
+    content = wire_blocks(message["content"], prefix)
     return {"type": "assistant", "parent_tool_use_id": None, "session_id": "", "uuid": uid,
             "message": {"id": "msg_" + uid.replace("-", ""), "type": "message", "role": "assistant",
                         "model": model, "content": content, "stop_reason": None,
                         "usage": {"input_tokens": 0, "output_tokens": 0}}}
 
 
-def mcp_answer(message: dict, tools: list[dict], result: dict | None = None) -> dict:
-    """JSON-RPC answer to an MCP message; `result` is the client's tool_result for tools/call."""
+def mcp_answer(message: dict, tools: list[dict], result: dict | None = None, whole: bool = False
+               ) -> dict:
+    """JSON-RPC answer to an MCP message; `result` is the client's tool_result for tools/call.
+    `whole`: the model learns of the tools by this list alone."""
     answer: dict = {}
     if result is not None:
         content = [{"type": "image", "data": part["source"]["data"], "mimeType":
@@ -1665,9 +1860,19 @@ def mcp_answer(message: dict, tools: list[dict], result: dict | None = None) -> 
     elif message.get("method") == "tools/list":
         # One odd schema would lose them all.  Without the size a result over 50,000 characters is
         # replaced by its beginning.
-        answer = {"tools": [{"name": tool["name"], "inputSchema": {"type": "object"}, "_meta": {
-            "anthropic/maxResultSizeChars": 10**9}} for tool in tools]}
+        answer = {"tools": [{
+            "name": tool["name"], "inputSchema": {"type": "object"}, "_meta": {
+                "anthropic/maxResultSizeChars": 10**9},
+            **({"description": tool.get("description", ""), "inputSchema": listed_schema(
+                tool.get("input_schema", {}))} if whole else {})} for tool in tools]}
     return {"mcp_response": {"jsonrpc": "2.0", "id": message.get("id", 0), "result": answer}}
+
+
+def listed_schema(schema: dict) -> dict:
+    """A tool's schema as an MCP list may hold it; without the parts that would lose the list."""
+    kinds = {"properties": dict, "required": list, "$defs": dict, "definitions": dict}
+    return {"type": "object", **{word: value for word, value in schema.items() if word != "type"
+                                 and isinstance(value, kinds.get(word, object))}}
 
 
 def fits_mcp(block: dict) -> bool:
@@ -1718,7 +1923,7 @@ class Reply:
     With a schema, text is left out but beside a client's call, and the answer tool's input becomes
     the text; a streamed one is sent as it comes, a whole one once the CLI has found it valid.
     """
-    done = reusable = False
+    done = reusable = working = False       # it is whole; a clean end; tools run meanwhile
     failed: ApiError | None = None
     model = ""                              # as system/init names it
     retry_after = 0                         # seconds, as the CLI says what it was told
@@ -1733,7 +1938,7 @@ class Reply:
                  who: str = "claude") -> None:
         self.turn, self._who, self._clock = turn, who, clock
         self._strict = turn.schema is not None
-        self._names = {wire_name(tool["name"]): tool["name"] for tool in turn.tools}
+        self._names = {wire_name(tool["name"], call_prefix(turn)): tool["name"] for tool in turn.tools}
         self._index: dict[int, int] = {}    # the CLI's index of a block -> ours
         self._held: list[dict] = []         # the answer's events, until the CLI validated them
         self._texts: list[dict] = []        # events of text, until a client's call follows
@@ -1845,10 +2050,9 @@ class Reply:
             self._answer, self._answer_at = block["id"], self._blocks
             event = {**event, "content_block": {"type": "text", "text": ""}}
         elif kind == "tool_use":
-            self._called = True
-            name = self._names.get(block["name"], block["name"])
-            event = {**event, "content_block": {**block, "name": name}}
-            spoken, self._texts = self._texts, []
+            event = {**event, "content_block": self._call(block)}
+            if event["content_block"]["type"] == kind:
+                spoken, self._texts = self._texts, []
         *spoken, event = map(self._placed, [*spoken, event])
         if event["index"] != self._answer_at:
             return [*spoken, event]
@@ -1862,6 +2066,11 @@ class Reply:
                               "delta": {"type": "text_delta", "text": "{}"}})
         self._held += events
         return events if self.turn.stream else None
+
+    def _call(self, block: dict) -> dict:
+        """The caller's block for a call."""
+        self._called = True
+        return {**block, "name": self._names.get(block["name"], block["name"])}
 
     def _finish(self, closing: dict) -> list[dict]:
         self.done = True
@@ -1902,6 +2111,114 @@ class Reply:
                             self.retry_after or None if status in (429, 529) else None)
 
 
+class AgentReply(Reply):
+    """The same for Claude Code with its own tools: a turn of several API messages as one.
+
+    What it runs itself becomes blocks of their own, OWN_CALL and OWN_RESULT.  The message ends with
+    the turn, or when the client has to run a tool of its own; `working` tells that tools run.
+    """
+    _due = False                            # the CLI waits for the result of a client's tool
+    _whole = False                          # the API's message is
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn)
+        self._used: dict[str, Any] = {}     # usage of the messages so far
+        self._using: dict[str, Any] = {}    # and of this one
+        self._given: list[dict] = []        # results that wait for the first message
+        self._told = {b.get("tool_use_id") for b in turn.messages[-1]["content"]}   # results
+
+    @property
+    def working(self) -> bool:
+        return bool(self._closing)
+
+    def _feed(self, line: dict) -> list[dict] | None:
+        kind = line.get("type")
+        if kind == "tools_call":            # Claude's word
+            self._due = True
+            return self._part()
+        if kind == "result":
+            return self._end(line)
+        if kind != "user" or not isinstance(line["message"]["content"], list):
+            return super()._feed(line)
+        if self._strict:
+            return super()._feed(line)
+        return self._results(line["message"]["content"])
+
+    def _results(self, content: list[dict]) -> list[dict]:
+        """What came of the agent's own calls."""
+        for block in content:
+            if block.get("type") == "tool_result" and block["tool_use_id"] not in self._told:
+                parts = block.get("content") or []
+                parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else [
+                    part if part.get("type") == "text" else
+                    {"type": "text", "text": f"[{part.get('type')}]"} for part in parts]
+                self._given.append({
+                    "type": OWN_RESULT, "tool_use_id": block["tool_use_id"],
+                    "is_error": bool(block.get("is_error")), "content": parts})
+        return self._give() if self._starts else []
+
+    def _give(self) -> list[dict]:
+        events = []
+        for block in self._given:
+            at = {"index": self._blocks}
+            events += [{"type": "content_block_start", **at, "content_block": block},
+                       {"type": "content_block_stop", **at}]
+            self._blocks += 1
+        self._given = []
+        return events
+
+    def _call(self, block: dict) -> dict:
+        if block["name"] in self._names:
+            return super()._call(block)
+        return {"type": OWN_CALL, "id": block["id"], "name": block["name"],
+                "server_name": "claude_code", "input": block.get("input") or {}}
+
+    def _event(self, event: dict) -> list[dict] | None:
+        kind = event["type"]
+        if kind == "message_start":
+            if self._starts and not self._closing:
+                self.failed = Died(f"{self._who} began its answer again after an error")
+            self._starts += 1
+            self._closing, self._index, self._texts, self._whole = {}, {}, [], False
+            self._using = dict(event["message"].get("usage") or {})
+            return [event, *self._give()] if self._starts == 1 else None
+        if kind == "message_delta":
+            self._using.update(event.get("usage") or {})
+            event = {**event, "usage": self._sum()}
+        if kind == "message_stop":
+            self._used, self._using, self._whole = self._sum(), {}, True
+            if not (self._valid and self._closing):
+                return self._part()
+        return super()._event(event)
+
+    def _sum(self) -> dict[str, Any]:
+        """Usage of all messages of the turn: numbers add up, of others the last one counts."""
+        both = {**self._used, **{k: v for k, v in self._using.items() if v is not None}}
+        counts = {k: v + self._used.get(k, 0) for k, v in both.items() if isinstance(v, int)
+                  and k in self._using and isinstance(self._used.get(k, 0), int)}
+        return {**both, **counts}
+
+    def _part(self) -> list[dict] | None:
+        """The end of the message, if the client has to run a tool now."""
+        if not (self._due and self._whole and self._called and self._closing):
+            return None
+        self.reusable = True
+        texts = [self._placed(event) for event in self._texts]
+        return [*texts, *self._finish(self._closing)]
+
+    def _end(self, line: dict) -> list[dict] | None:
+        """The end of the turn: why, and whether the process stands clean behind it."""
+        limit = line.get("subtype") in ("error_max_turns", "error_max_budget_usd")
+        if limit and self._closing:
+            return self._finish({**self._closing, "delta": {"stop_reason": PAUSED,
+                                                            "stop_sequence": None}})
+        if line.get("is_error") or self._problem or self._strict or not self._closing:
+            self.failed = self._failure(line)
+            return None
+        self.reusable = self._visible
+        return self._finish(self._closing)
+
+
 # == 7. Store ======================================================================================
 # What outlives the process: stored responses, in sqlite, in the state directory.  One thread does
 # all the work, so the loop never waits for a disk.  Knows rows and items, not what they say.
@@ -1915,7 +2232,12 @@ MIGRATIONS = (      # what a walk along a conversation reads and writes is apart
     "CREATE TABLE bodies (id TEXT PRIMARY KEY REFERENCES responses ON DELETE CASCADE, "
     "items TEXT NOT NULL, response TEXT NOT NULL)",
     "CREATE INDEX responses_previous ON responses (previous)",
-    "CREATE INDEX responses_used ON responses (used)")
+    "CREATE INDEX responses_used ON responses (used)",
+    # of the CLI's: its id, its workspace's name or "", its directory
+    "CREATE TABLE sessions (caller TEXT NOT NULL, id TEXT NOT NULL, workspace TEXT NOT NULL, "
+    "cwd TEXT NOT NULL, cli TEXT NOT NULL, created_at REAL NOT NULL, used_at REAL NOT NULL, "
+    "PRIMARY KEY (caller, id))")
+SESSION = ("id", "workspace", "cwd", "cli", "created_at", "used_at")
 CHAIN = """WITH RECURSIVE chain(id, previous, depth) AS (
     SELECT id, previous, 0 FROM responses WHERE id = ? AND caller = ? UNION ALL
     SELECT r.id, r.previous, depth + 1 FROM responses r JOIN chain ON r.id = chain.previous) """
@@ -1968,7 +2290,7 @@ class Store:
             with self._db:
                 return job(*args)
         except (sqlite3.Error, OSError, ValueError) as exc:
-            raise ApiError("internal_error", f"the store of responses fails: {exc}") from None
+            raise ApiError("internal_error", f"the store fails: {exc}") from None
 
     def _open(self, sqlite3: Any) -> Any:
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
@@ -2088,6 +2410,32 @@ class Store:
             name = row[0] if row else None
         return bool(found)
 
+    def sessions(self, caller: str, name: str | None) -> list[dict]:
+        """A caller's sessions, or the one of that name; the last used first."""
+        rows = self._db.execute(
+            f"SELECT {', '.join(SESSION)} FROM sessions WHERE caller = ? AND (? IS NULL OR id = ?) "
+            "ORDER BY used_at DESC", (caller, name, name))
+        return [dict(zip(SESSION, row)) for row in rows]
+
+    def keep_session(self, caller: str, name: str, workspace: str, cwd: str, cli: str) -> None:
+        now = time.time()
+        self._db.execute(
+            "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (caller, id) DO UPDATE "
+            "SET cwd = excluded.cwd, cli = excluded.cli, used_at = excluded.used_at",
+            (caller, name, workspace, cwd, cli, now, now))
+
+    def delete_session(self, caller: str, name: str) -> list[dict]:
+        found = self.sessions(caller, name)
+        self._db.execute("DELETE FROM sessions WHERE caller = ? AND id = ?", (caller, name))
+        return found
+
+    def expire_sessions(self, before: float) -> list[dict]:
+        """Those that were not used since then, which go."""
+        rows = self._db.execute(f"SELECT {', '.join(SESSION)} FROM sessions WHERE used_at < ?",
+                                (before,)).fetchall()
+        self._db.execute("DELETE FROM sessions WHERE used_at < ?", (before,))
+        return [dict(zip(SESSION, row)) for row in rows]
+
     async def close(self) -> None:
         if self._db:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
@@ -2126,14 +2474,38 @@ def check_origin(origin: str, host: str, allowed: list[str]) -> bool:
     return False
 
 
-def check_key(headers: Mapping[str, str], key: str) -> str:
-    """The caller's name: "" where no key is set, else a digest of the key that it sent."""
+def check_key(headers: Mapping[str, str], digest: str, needed: bool) -> str:
+    """The caller's name: a part of the key's digest (SHA-256, hex) if it sent that key, else ""."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     sent = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
-    if key and not any([hmac.compare_digest(s.encode("latin-1"), key.encode()) for s in sent]):
+    known = any([hmac.compare_digest(hashlib.sha256(s.encode("latin-1")).hexdigest(), digest)
+                 for s in sent])
+    if needed and not known:
         raise ApiError("invalid_api_key", "a valid key is needed: Authorization: Bearer KEY, or "
                        "x-api-key: KEY")
-    return hashlib.sha256(key.encode()).hexdigest()[:16] if key else ""
+    return digest[:16] if known else ""
+
+
+def agent_key(folder: str) -> tuple[str, str]:
+    """The digest of the key for agents where the operator sets none, and the key itself when it
+    has just been made: only its digest is kept.  OSError if it cannot be."""
+    path = os.path.join(folder, "agent-key.sha256")
+    for key in ("", "ccp-" + secrets.token_urlsafe(32)):
+        if key:                             # in one step, and not over another's
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            handle, draft = tempfile.mkstemp(dir=folder)        # 0600
+            with open(handle, "w", encoding="ascii") as file:
+                file.write(hashlib.sha256(key.encode()).hexdigest())
+            with contextlib.suppress(FileExistsError):
+                os.link(draft, path)
+            os.remove(draft)
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
+            digest = file.read().strip()
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise OSError(f"{path} holds no digest; remove it to have a new key made")
+            made = hashlib.sha256(key.encode()).hexdigest() == digest
+            return digest, key if made else ""
+    raise OSError(f"{path} cannot be made")
 
 
 # == 9. Claude =====================================================================================
@@ -2146,12 +2518,44 @@ INBOX_LIMIT = 512               # lines a slow reader may lie behind before the 
 SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
-class Claude:
-    """A running CLI.  `ended` is called with it once, when its output has ended for any reason."""
+def family(pid: int, mark: str) -> set[int]:
+    """A process's descendants, and on Linux all that have the mark in their environment: a shell
+    that the CLI starts is in a session of its own, and what it leaves behind has no parent."""
+    parents: dict[int, int] = {}
+    found = {pid}
+    names = [name for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir(
+        "/proc/self") else []
+    for name in names:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
+            with open(f"/proc/{name}/environ", "rb") as file:
+                found |= {int(name)} if mark.encode() in file.read().split(b"\0") else set()
+    if POSIX and not names:
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            told = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True,
+                                  text=True, timeout=2, check=False).stdout
+            parents = {int(one): int(two) for one, two in map(str.split, told.splitlines())}
+    more = found
+    while more:
+        more = {child for child, parent in parents.items() if parent in found} - found
+        found |= more
+    return found - {pid}
 
-    def __init__(self, process: asyncio.subprocess.Process, ended: Callable) -> None:
+
+class Claude:
+    """A running CLI.  `ended` is called with it once, when its output has ended for any reason;
+    `permit` is asked whether a tool may run."""
+
+    def __init__(self, process: asyncio.subprocess.Process, ended: Callable,
+                 launch: Launch = Launch(), permit: Callable | None = None, mark: str = "") -> None:
         loop = asyncio.get_running_loop()
         self.process, self._ended = process, ended
+        self.launch, self._permit, self._mark = launch, permit, mark
+        self.home = ""                          # a directory that goes with it
+        self.receipt: Receipt | None = None     # of the turn that it plays
+        self._kin: set[int] = set()             # what it had started when it was closed
+        self._permits: dict[str, asyncio.Task] = {}     # request id -> the question about a tool
         self.born = self.last_used = loop.time()
         self.model = ""                         # that it was started with
         self.profile: bytes | None = None       # digest of what it was initialised for
@@ -2172,14 +2576,14 @@ class Claude:
         self._tasks = [loop.create_task(self._pump()), loop.create_task(self._listen())]
 
     @classmethod
-    async def spawn(cls, argv: list[str], env: dict[str, str], cwd: str, ended: Callable) -> Claude:
+    async def spawn(cls, argv: list[str], env: dict[str, str], cwd: str, *more: Any) -> Claude:
         """A new process in a group of its own.  ApiError unavailable if it cannot be started."""
         group: dict[str, Any] = {"start_new_session": True} if POSIX else {
             "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
         pipe = subprocess.PIPE
         try:
             return cls(await asyncio.create_subprocess_exec(
-                *argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env, cwd=cwd, **group), ended)
+                *argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env, cwd=cwd, **group), *more)
         except (OSError, ValueError) as exc:
             raise ApiError("unavailable", f"cannot start {argv[0]}: {exc}") from None
 
@@ -2244,6 +2648,8 @@ class Claude:
                 raise Died(f"claude refused {asked}: {line['response'].get('error')}")
         elif kind == "control_request":
             return self._control_request(line["request_id"], line["request"])
+        elif kind == "control_cancel_request" and line["request_id"] in self._permits:
+            return self._permits.pop(line["request_id"]).cancel()
         elif kind == "result":
             self._due, self._seen = max(0, self._due - 1), self._seen + 1
             self.cost = line.get("total_cost_usd") or self.cost
@@ -2260,15 +2666,30 @@ class Claude:
         if message.get("method") == "tools/call":
             call = message["params"]["_meta"]["claudecode/toolUseId"]
             self._calls[call] = (request_id, message)
-            return self._answer_calls()
+            self._answer_calls()
+            if call in self._calls and self._inbox is not None:
+                self._inbox.append({"type": "tools_call", "id": call})
+                self._wake_up()
+            return
         if request["subtype"] == "mcp_message":
-            verdict = {"subtype": "success", "response": mcp_answer(message, self._tools)}
+            answer = mcp_answer(message, self._tools, whole=self.launch.agent)
+            verdict = {"subtype": "success", "response": answer}
+        elif request["subtype"] == "can_use_tool" and self._permit:
+            asking = asyncio.get_running_loop().create_task(self._ask_permit(request_id, request))
+            self._permits[request_id] = asking
+            return
         elif request["subtype"] == "can_use_tool":
             denial = {"behavior": "deny", "message": "Only the client's own tools are available."}
             verdict = {"subtype": "success", "response": denial}
         elif request["subtype"] == "hook_callback":
             verdict = {"subtype": "success", "response": {"continue": False}}
         self.send({"type": "control_response", "response": {**verdict, "request_id": request_id}})
+
+    async def _ask_permit(self, request_id: str, request: dict) -> None:
+        verdict = await self._permit(self, request)
+        self._permits.pop(request_id, None)
+        self.send({"type": "control_response", "response": {
+            "subtype": "success", "request_id": request_id, "response": verdict}})
 
     def _answer_calls(self) -> None:
         for call in [c for c in self._calls if c in self._results]:
@@ -2320,7 +2741,8 @@ class Claude:
         for message in messages:
             name = str(uuid.uuid4())
             if message["role"] == "assistant":
-                self.send(assistant_line(message, name, self.init.get("model") or model))
+                prefix = PREFIX if self.launch.agent else ""
+                self.send(assistant_line(message, name, self.init.get("model") or model, prefix))
                 continue
             self._due += 1
             self.send(user_line(message, name, False))
@@ -2379,7 +2801,12 @@ class Claude:
     # -- its death
 
     def signal(self, number: int) -> None:
-        """Signal the whole group: tools of the CLI may have children."""
+        """Signal the whole group, and to kill an agent all that it has started."""
+        if self.launch.agent and number == SIGKILL and self.process.pid:
+            self._kin |= family(self.process.pid, self._mark)
+            for pid in self._kin:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, SIGKILL)
         with contextlib.suppress(OSError):
             if POSIX:
                 os.killpg(self.process.pid, number)
@@ -2389,6 +2816,10 @@ class Claude:
 
     async def close(self) -> None:
         """End it for sure, within 1.5 s: interrupt, end of input, SIGTERM, SIGKILL."""
+        for asking in self._permits.values():
+            asking.cancel()
+        if self.launch.agent:               # while they still have their parent
+            self._kin = family(self.process.pid, self._mark)
         if self._inbox is not None:
             self.send(self.control({"subtype": "interrupt"}))
         with contextlib.suppress(OSError, RuntimeError):
@@ -2416,9 +2847,23 @@ class Claude:
 # eviction.  A live process only saves time: what is gone is rebuilt from the caller's history.
 
 # A busy process plays its turn out when its input ends.  If the proxy is killed, this reads the end
-# of its own input, in the background of a shell that is gone, and kills the groups that are left.
-WATCHDOG = """exec 3<&0; awk '/^-/ {delete left[substr($0, 2)]; next} {left[$0]}
-END {for (pid in left) system("kill -9 -" pid)}' <&3 3<&- &"""
+# of its own input, in the background of a shell that is gone, and ends the groups that are left,
+# then all that they had started: their descendants, and who has the mark in its environment.
+WATCHDOG = """exec 3<&0; awk -v mark="$0" '/^-/ {delete left[substr($0, 2)]; next} {left[$0]}
+END {
+    for (pid in left) some = 1
+    if (!some) exit
+    listed = "ps -A -o pid= -o ppid= 2>/dev/null"
+    while ((listed | getline) > 0) parent[$1] = $2
+    for (pid in parent) for (up = pid; up in parent; up = parent[up]) if (up in left) kin[pid]
+    marked = "grep -sl " mark " /proc/[0-9]*/environ"
+    while ((marked | getline) > 0) { split($0, part, "/"); kin[part[3]] }
+    for (pid in left) system("kill -15 -" pid " 2>/dev/null")
+    for (pid in kin) if (!(pid in left)) system("kill -9 " pid " 2>/dev/null")
+    system("sleep 1")
+    for (pid in left) system("kill -9 -" pid " 2>/dev/null")
+}' <&3 3<&- &"""
+LAUNCHES = 3                # launches that have spares at once, at most
 CLAUDE_PLACES = ("~/.claude/local", "~/.local/bin", "~/.npm-global/bin", "~/.bun/bin",
                  "~/.volta/bin", "/opt/homebrew/bin", "/usr/local/bin")
 
@@ -2495,7 +2940,8 @@ def profile_digest(turn: Turn) -> bytes:
 
 def digest_chain(turn: Turn, caller: str, model: str) -> list[bytes]:
     """A key for each prefix of the conversation: [nothing said, first message, ..., all]."""
-    chain = [hashlib.sha256(json.dumps([caller, model]).encode() + profile_digest(turn)).digest()]
+    place = json.dumps([caller, model, astuple(turn.launch)]).encode()
+    chain = [hashlib.sha256(place + profile_digest(turn)).digest()]
     defaults = tool_defaults(turn)
     for message in turn.messages:
         said = canonical_message(message, defaults)
@@ -2503,11 +2949,20 @@ def digest_chain(turn: Turn, caller: str, model: str) -> list[bytes]:
     return chain
 
 
-class Conversations:
-    """The chat backend: events(turn) from a process that stands at the turn's history."""
+def session_key(turn: Turn, caller: str) -> bytes:
+    """The key of a caller's session; b"" for a turn that belongs to none."""
+    said = json.dumps(["session", caller, turn.session]).encode("ascii")
+    return hashlib.sha256(said).digest() if turn.session else b""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+
+class Conversations:
+    """The backends chat and agent: events(turn) from a process that stands at the turn's history.
+
+    `permit(claude, request)` answers what an agent's CLI asks: whether a tool may run.
+    """
+
+    def __init__(self, settings: Settings, permit: Callable | None = None) -> None:
+        self.settings, self._permit = settings, permit
         self.refusals = Refusals(os.path.join(state_dir(settings), "refusals.json"))
         self.fleet: set[Claude] = set()             # all that are not being closed
         self.spares: list[Claude] = []
@@ -2518,9 +2973,13 @@ class Conversations:
         self._command: list[str] = []
         self._looked = -math.inf                    # when the binary was looked for last
         self._full_ids: dict[str, str] = {}         # model value -> full id
-        self._wanted = Turn(settings.model)         # what was asked for last, without messages
+        launch = self.launch() if settings.backend == "agent" else Launch()
+        self._wanted = {launch: Turn(settings.model, launch=launch)}    # what was asked for last by
+                                                    # each launch, without messages
         self._undecided: set[Reply] = set()         # turns before their first delta
-        self._asleep = settings.backend != "chat"   # no spares until somebody asks for the CLI
+        self._asleep = settings.backend == "api"    # no spares until somebody asks for the CLI
+        self._mark = secrets.token_hex(8)           # in the environment of all agents
+        self._lost: set[str] = set()                # sessions that the CLI does not know any more
         self._waiting = self._failures = 0          # requests in line; spares that died early
         self._closers: set[asyncio.Task] = set()
         self._watchdog: subprocess.Popen | None = None
@@ -2533,8 +2992,9 @@ class Conversations:
         if POSIX:                           # elsewhere a busy process ends with its turn
             nowhere = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
             with contextlib.suppress(OSError):
-                self._watchdog = subprocess.Popen(["sh", "-c", WATCHDOG], stdin=subprocess.PIPE,
-                                                  start_new_session=True, **nowhere)
+                self._watchdog = subprocess.Popen(
+                    ["sh", "-c", WATCHDOG, f"{MARK}={self._mark}"], stdin=subprocess.PIPE,
+                    start_new_session=True, **nowhere)
                 self._watchdog.wait()
 
     def _watch(self, word: str) -> None:
@@ -2574,9 +3034,15 @@ class Conversations:
         """The models that the CLI reports; a process is asked if none has told them yet."""
         await self.command()
         if not self.models:
-            claude = await self._fresh(b"", self.settings.model)
-            await self._rehearse(claude, Turn(""), self.settings.warm > 0)
+            launch = next(iter(self._wanted))
+            claude = await self._fresh(b"", self.settings.model, launch)
+            await self._rehearse(claude, Turn("", launch=launch), self.settings.warm > 0)
         return self.models
+
+    def launch(self, workspace: str = "", permission_mode: str = "") -> Launch:
+        """How an agent has to be started, for a workspace of the settings or none."""
+        return Launch(True, workspace, self.settings.workspaces.get(workspace, self.settings.cwd),
+                      permission_mode or self.settings.permission_mode)
 
     def resolve(self, asked: str) -> str:
         """The CLI's name for a model that a caller asked for.
@@ -2588,7 +3054,7 @@ class Conversations:
         pattern = rf"({'|'.join(FAMILIES)}|{FULL_ID})(\[1m\])?"
         known = name in {m.get("value") for m in self.models} - {"default"}
         own = name if known or re.fullmatch(pattern, name) else self.settings.model
-        return mapped_model(self.settings.models, asked) or own
+        return alias_of(self.settings.models, asked).get("model") or own
 
     def _full_id(self, model: str) -> str:
         return self._full_ids.get(model) or model
@@ -2603,27 +3069,35 @@ class Conversations:
 
     async def _play(self, turn, model, message, receipt) -> AsyncIterator[list[dict]]:
         """One try of a turn on one process, which is kept if it stands clean behind it."""
-        reply, claude, kept = Reply(turn), None, False
+        agent, claude, kept = turn.launch.agent, None, False
+        reply = AgentReply(turn) if agent else Reply(turn)
         self._undecided.add(reply)          # no spare is started before its first delta
         try:
             chain = digest_chain(turn, receipt.caller, model)
             claude = await self._claude_for(turn, model, chain, receipt)
-            spent = claude.cost
+            claude.receipt, spent = receipt, claude.cost
             while not reply.done:
-                lines = await claude.lines(self.settings.stall_timeout)
+                lines = await claude.lines(self.settings.request_timeout if reply.working else
+                                           self.settings.stall_timeout)
                 events = [event for line in lines for event in reply.feed(line)]
                 if reply.model:
                     self._full_ids.setdefault(model, reply.model)
                 if reply.done:              # the caller folds before the end is told
                     events.pop()
                     if not reply.reusable:  # at once: the CLI would ask the model to go on
-                        claude.signal(SIGKILL)
+                        claude.send(claude.control({"subtype": "interrupt"})) if agent else (
+                            claude.signal(SIGKILL))
                 if events:
                     self._failures, self.trouble = 0, ""
                     self._undecided.discard(reply)
                     yield events
+                if reply.failed and turn.launch.resume and "No conversation" in str(reply.failed):
+                    self._lost.add(turn.launch.resume)
+                    raise Died(reply.failed.message)
                 if reply.failed:
                     raise reply.failed
+            receipt.session = claude.init.get("session_id", "") if turn.session else ""
+            receipt.home, claude.home = (claude.home, "") if turn.session else ("", claude.home)
             kept = reply.reusable and self._rest(claude, turn, chain, message)
             if not kept:
                 self._close(claude)
@@ -2639,13 +3113,19 @@ class Conversations:
 
     async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
-        stall_s, last = self.settings.stall_timeout, turn.messages[-1]
-        claude = self._live(chain[-2], last)
-        profile = claude.profile if claude else profile_digest(turn)
-        receipt.conversation = "continued" if claude else "rebuilt" if len(chain) > 2 else "new"
+        stall_s, last, profile = self.settings.stall_timeout, turn.messages[-1], profile_digest(turn)
+        claude = self._live(session_key(turn, receipt.caller) or chain[-2], last, profile)
+        resume = turn.launch.resume if turn.launch.resume not in self._lost and not any(
+            block["type"] == "tool_result" for block in last["content"]) else ""
+        receipt.conversation = "continued" if claude else "resumed" if resume else (
+            "rebuilt" if len(chain) > 2 else "new")
+        if resume and not claude and self._closers:     # one may still write that session down
+            await asyncio.wait(set(self._closers), timeout=3)
         if claude is None:
-            self._wanted = replace(turn, model=model, messages=(), fields={})
-            claude = await self._fresh(profile, model)
+            launch = replace(turn.launch, resume=resume)
+            if not resume:
+                self._want(replace(turn, model=model, messages=(), fields={}, launch=launch))
+            claude = await self._fresh(profile, model, launch)
         try:
             lines = self._opening(claude, turn, profile, model)
             if receipt.conversation == "rebuilt":
@@ -2659,22 +3139,34 @@ class Conversations:
             self._close(claude)
             raise
 
+    def _want(self, turn: Turn) -> None:
+        """Note what spares have to be made for; of several launches those that were asked for
+        last, as far as all of their spares fit into half of the places."""
+        self._wanted.pop(turn.launch, None)
+        self._wanted[turn.launch] = turn
+        most = max(1, self.settings.max_processes // max(1, 2 * self.settings.warm))
+        for launch in list(self._wanted)[:-min(most, LAUNCHES)]:
+            del self._wanted[launch]
+
     def _opening(self, claude: Claude, turn: Turn, profile: bytes, model: str) -> list[dict]:
         """What to say before the turn; the model only if the process was started with another."""
         other = None if model == claude.model else model
         return claude.initialize(turn, profile) + claude.configure(turn, other)
 
-    def _suits(self, claude: Claude, profile: bytes, model: str) -> bool:
+    def _suits(self, claude: Claude, profile: bytes, model: str, launch: Launch) -> bool:
         """Whether a spare can become a conversation of this profile with this model."""
         loud = () < parse_version(self.version) < CLI_QUIET
-        return claude.profile in (profile, None) and (claude.model == model or not loud)
+        return claude.profile in (profile, None) and claude.launch == launch and (
+            claude.model == model or not loud)
 
-    def _live(self, key: bytes, last: dict) -> Claude | None:
+    def _live(self, key: bytes, last: dict, profile: bytes) -> Claude | None:
         """The live process at this point of the conversation, if the last message suits it."""
         claude = self.idle.get(key)
-        if claude is None or not claude.alive or (claude.awaited and (
+        if claude is None or not claude.alive or claude.profile != profile or (claude.awaited and (
                 claude.awaited != {b.get("tool_use_id") for b in last["content"]}
                 or not all(map(fits_mcp, last["content"])))):
+            if claude is not None and claude.launch.kept:
+                self._close(claude)         # a session has one process
             return None
         return self.idle.pop(key)
 
@@ -2682,7 +3174,8 @@ class Conversations:
         """Keep the process for the conversation's next turn."""
         answer = {"role": "assistant", "content": message.content}
         said = canonical_message(answer, tool_defaults(turn))
-        key = hashlib.sha256(chain[-1] + said).digest()
+        key = session_key(turn, claude.receipt.caller) or hashlib.sha256(
+            chain[-1] + said).digest()
         calls = {b["id"] for b in message.content if b["type"] == "tool_use"}
         claude.rest(calls if message.stop_reason == "tool_use" else set())
         if claude.failure or claude not in self.fleet or self._waiting:
@@ -2692,11 +3185,18 @@ class Conversations:
         self.idle[key] = claude
         return True
 
+    async def end_session(self, caller: str, name: str) -> None:
+        """End the process of a session, if it has one."""
+        claude = self.idle.get(session_key(Turn("", session=name), caller))
+        if claude is not None:
+            self._close(claude)
+            await asyncio.wait(set(self._closers), timeout=3)
+
     async def count(self, turn: Turn) -> int:
         """Input tokens of a turn, asked of the CLI without spending any: its own notes left out."""
         profile, stall_s = profile_digest(turn), self.settings.stall_timeout
         model = self.resolve(turn.model)
-        claude = await self._fresh(profile, model)
+        claude = await self._fresh(profile, model, turn.launch)
         try:
             lines = self._opening(claude, turn, profile, model)
             await claude.remember(lines, turn.messages, model, stall_s)
@@ -2708,12 +3208,12 @@ class Conversations:
 
     # -- processes
 
-    async def _fresh(self, profile: bytes, model: str) -> Claude:
+    async def _fresh(self, profile: bytes, model: str, launch: Launch) -> Claude:
         """A process without a history: a spare, or a new one; waits in line at the cap."""
         self._asleep = False
         await self.command()
-        ready = sorted((s for s in self.spares if s.alive and self._suits(s, profile, model)),
-                       key=lambda s: (s.profile is None, s.model != model, s.born))
+        ready = sorted((s for s in self.spares if s.alive and self._suits(s, profile, model, launch)
+                        ), key=lambda s: (s.profile is None, s.model != model, s.born))
         if ready:
             self.spares.remove(ready[0])
             self._changed.set()
@@ -2728,28 +3228,44 @@ class Conversations:
                            retry_after=5) from None
         finally:
             self._waiting -= 1
-        return await self._spawn(model)
+        return await self._spawn(model, launch)
 
     def _evict(self) -> None:
         """At the cap, close the least recently used idle process, else a spare for another use."""
         for claude in [*self.idle.values(), *self.spares][:self._places.locked()]:
             self._close(claude)
 
-    async def _spawn(self, model: str) -> Claude:
+    async def _spawn(self, model: str, launch: Launch) -> Claude:
         """A new process in a place that has been taken."""
-        settings, claude = self.settings, None
+        settings, claude, home = self.settings, None, ""
         patience_s = 2 * settings.park_ttl + settings.request_timeout
         try:
-            argv = claude_argv(await self.command(), model)
-            env = claude_env(os.environ, settings.retries, patience_s)
-            claude = await Claude.spawn(argv, env, self._cwd, self._ended)
-            claude.model = model
+            command, mark = await self.command(), f"{self._mark}.{secrets.token_hex(4)}"
+            switches, cwd, options, more = CHAT_SWITCHES, self._cwd, (), ()
+            if launch.agent:
+                home = "" if launch.cwd else self._make_home(launch)
+                cwd, options = launch.cwd or home, agent_options(launch, settings)
+                switches = agent_switches(parse_version(self.version), settings.i_am_sandboxed)
+                more = launch, self._permit, f"{MARK}={mark}"
+            env = {**claude_env(os.environ, settings.retries, patience_s, switches), MARK: mark}
+            argv = claude_argv(command, model, options)
+            claude = await Claude.spawn(argv, env, cwd, self._ended, *more)
+            claude.model, claude.home = model, home
             self.fleet.add(claude)
             self._watch(str(claude.process.pid))
             return claude
         finally:
             if claude is None:
                 self._places.release()
+                shutil.rmtree(home, ignore_errors=True)
+
+    def _make_home(self, launch: Launch) -> str:
+        """A new private directory for an agent; a session keeps it."""
+        place = self._cwd
+        if launch.kept:
+            place = os.path.join(state_dir(self.settings), "sessions")
+            os.makedirs(place, mode=0o700, exist_ok=True)
+        return tempfile.mkdtemp(prefix="agent-", dir=place)
 
     def _ended(self, claude: Claude) -> None:
         """A process has ended, by itself if nobody closed it."""
@@ -2763,7 +3279,8 @@ class Conversations:
         """Forget a process and end it; then its place is free."""
         if claude not in self.fleet:
             return
-        if claude in self.spares or claude in self.idle.values():
+        waits = claude in self.spares or claude in self.idle.values()
+        if waits and not claude.launch.kept:
             claude.signal(SIGKILL)          # it does nothing, and its place is wanted
         self.fleet.discard(claude)
         self.spares = [spare for spare in self.spares if spare is not claude]
@@ -2775,6 +3292,9 @@ class Conversations:
     async def _end(self, claude: Claude) -> None:
         await claude.close()
         self._watch(f"-{claude.process.pid}")
+        if claude.home:
+            await asyncio.get_running_loop().run_in_executor(
+                None, functools.partial(shutil.rmtree, claude.home, ignore_errors=True))
         self._places.release()
         self._changed.set()
 
@@ -2800,23 +3320,32 @@ class Conversations:
                 await asyncio.sleep(0.01)
 
     async def _refill(self) -> None:
-        """One blank spare, the others initialised ahead for what was asked for last."""
+        """For each launch in use one blank spare, the others initialised ahead for what was asked
+        for last."""
         if self._asleep:
             return
-        model, most = self._wanted.model, self.settings.max_processes
-        profile = profile_digest(self._wanted)
         for spare in list(self.spares):     # made for what is asked no more
-            if not self._suits(spare, profile, model):
+            if not any(self._suits(spare, profile_digest(wanted), wanted.model, launch)
+                       for launch, wanted in self._wanted.items()):
                 self._close(spare)
-        while len(self.spares) < min(self.settings.warm, most - bool(self.fleet)):
+        for wanted in reversed(list(self._wanted.values())):    # the last one asked for first
+            await self._refill_for(wanted)
+
+    async def _refill_for(self, wanted: Turn) -> None:
+        most, launch = self.settings.max_processes, wanted.launch
+        while True:
+            own = [spare for spare in self.spares if spare.launch == launch]
+            if len(own) >= self.settings.warm or len(self.spares) >= most - bool(self.fleet):
+                return
             if self.idle:
                 self._evict()
             if self._places.locked() or self._waiting:
                 return
             await self._places.acquire()
-            ahead, claude = any(s.profile is None for s in self.spares), await self._spawn(model)
+            ahead = any(spare.profile is None for spare in own)
+            claude = await self._spawn(wanted.model, launch)
             if ahead:
-                await self._rehearse(claude, self._wanted)
+                await self._rehearse(claude, wanted)
             else:
                 self.spares.append(claude)
             if self._waiting:               # who came meanwhile waits for a place, not for a spare
@@ -2839,7 +3368,366 @@ class Conversations:
                 self._close(claude)
 
 
-# == 11. Upstream ==================================================================================
+# == 11. Agent =====================================================================================
+# What Claude Code with its own tools needs beside a process: how its tools show in an answer, which
+# workspace is meant, who is asked whether a tool may run, which session of the CLI's is whose.
+# Knows no socket.  What to show of a tool: Rendering.  What is asked of people: Permissions.
+
+WHICH = "Which workspace shall I work in?"      # our own first reply, by which it is known again
+CHECK_TOOL = {"name": "check", "description": "Ask the operator of ccproxy whether a tool may run.",
+              "inputSchema": {"type": "object", "required": ["tool_name", "input"], "properties": {
+                  "tool_name": {"type": "string"}, "input": {"type": "object"},
+                  "tool_use_id": {"type": "string"}}}}
+ANSWERED = 200              # answered questions that are remembered
+LISTENERS = 32              # who may listen to questions at once
+NEWS_LIMIT = 1000           # events that a listener may lie behind
+ENDINGS = {"allow": "allowed", "deny": "denied", "expire": "expired", "cancel": "cancelled"}
+
+
+class Rendering:
+    """An agent's events as its caller wants to see what Claude Code ran by itself:
+
+    text        not at all              narrated    a line each, among the text
+    verbose     blocks (OWN_CALL, OWN_RESULT), in Chat, which has none, Markdown
+    formatted   XML tags, among the text
+    """
+
+    def __init__(self, verbosity: str, native: bool, orphans: bool) -> None:
+        self._how, self._native = verbosity, native and verbosity == "verbose"
+        self._orphans = orphans             # results whose call stood in an earlier message show
+        self._block: dict = {}              # that is being told, its arguments' pieces
+        self._pieces: list[str] = []
+        self._names: dict[str, str] = {}    # id of a call -> name of the tool
+        self._sent = 0                      # blocks sent on
+        self._spoken = self._apart = False  # a text was told; the next one is another
+
+    def events(self, events: list[dict]) -> list[dict]:
+        return [told for event in events for told in self._event(event)]
+
+    def _event(self, event: dict) -> list[dict]:
+        kind = event["type"]
+        if not kind.startswith("content_block_"):
+            return [event]
+        if kind == "content_block_start":
+            self._block, self._pieces = event["content_block"], []
+            if self._block["type"] == OWN_CALL:
+                self._names[self._block["id"]] = self._block["name"]
+        block, own = self._block, self._block["type"] in (OWN_CALL, OWN_RESULT)
+        lost = block["type"] == OWN_RESULT and block["tool_use_id"] not in self._names
+        if own and (not self._native or lost and not self._orphans):
+            self._pieces.append((event.get("delta") or {}).get("partial_json") or "")
+            return self._words() if kind == "content_block_stop" else []
+        first = kind == "content_block_start"
+        self._sent += first
+        told = [{**event, "index": self._sent - 1}]
+        if first and block["type"] == "text" and not self._native:
+            told += self._gap()
+        return told
+
+    def _gap(self) -> list[dict]:
+        """What keeps a text apart from the one before it."""
+        gap = [{"type": "content_block_delta", "index": self._sent - 1, "delta": {
+            "type": "text_delta", "text": "\n\n"}}] * (self._spoken and self._apart)
+        self._spoken, self._apart = True, False
+        return gap
+
+    def _words(self) -> list[dict]:
+        """The block that ends here as a text of its own, if it is to be seen."""
+        block, self._apart = self._block, True
+        if block["type"] == OWN_CALL:
+            said = parse_input("".join(self._pieces)) or block["input"]
+            block = {**block, "input": said if isinstance(said, dict) else {"input": said}}
+        text = WORDS[self._how](block, self._names.get(block.get("tool_use_id", ""), ""))
+        if not text:
+            return []
+        self._sent += 1
+        at = {"index": self._sent - 1}
+        told = [{"type": "content_block_start", **at, "content_block": {"type": "text", "text": ""}},
+                *self._gap(), {"type": "content_block_delta", **at, "delta": {
+                    "type": "text_delta", "text": text}}, {"type": "content_block_stop", **at}]
+        self._apart = True
+        return told
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A text in a Markdown fence that it cannot end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def markdown(block: dict, name: str) -> str:
+    if block["type"] == OWN_CALL:
+        return f"**{block['name']}**\n\n" + fenced(json.dumps(block["input"], indent=2), "json")
+    return ("failed:\n\n" if block["is_error"] else "") + fenced(result_text(block))
+
+
+def tagged(block: dict, name: str) -> str:
+    from xml.sax.saxutils import escape, quoteattr
+    if block["type"] == OWN_CALL:
+        return (f"<tool_use id={quoteattr(block['id'])} name={quoteattr(block['name'])}>"
+                f"{escape(json.dumps(block['input']))}</tool_use>")
+    failed = ' is_error="true"' * block["is_error"]
+    return (f"<tool_result tool_use_id={quoteattr(block['tool_use_id'])}{failed}>"
+            f"{escape(result_text(block))}</tool_result>")
+
+
+WORDS: dict[str, Callable[[dict, str], str]] = {    # verbosity -> a block of a tool as text
+    "text": lambda block, name: "", "narrated": narration, "verbose": markdown, "formatted": tagged}
+
+
+def chosen_workspace(messages: tuple[dict, ...], names: Iterable[str]
+                     ) -> tuple[str, tuple[dict, ...]]:
+    """The workspace that a caller has named in answer to our question, and the conversation without
+    question and answer;  "" if he is still to be asked.
+
+    [task, WHICH..., "2", ...] -> the second name, [task, ...]
+    """
+    texts = ["".join(b.get("text", "") for b in m["content"]).strip() for m in messages]
+    for at in range(1, len(messages) - 1, 2):
+        if not texts[at].startswith(WHICH):
+            return "", messages
+        said, known = texts[at + 1].strip(" .`'\"").lower(), list(names)
+        hits = [name for n, name in enumerate(known, 1) if said in (str(n), name.lower())] or [
+            name for name in known if re.search(rf"(?<![\w.-]){re.escape(name.lower())}(?![\w-])",
+                                                said)]
+        if len(hits) == 1:
+            return hits[0], (messages[0], *messages[at + 2:])
+    return "", messages
+
+
+async def which_workspace(names: Iterable[str], model: str) -> AsyncIterator[list[dict]]:
+    """Our own reply, as events: the question which workspace is meant."""
+    lines = [f"{at}. {name}" for at, name in enumerate(names, 1)]
+    text = f"{WHICH} Answer with its name or number:\n\n" + "\n".join(lines)
+    usage = {"input_tokens": 0, "output_tokens": 0}
+    yield [{"type": "message_start", "message": {
+        "id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant",
+        "model": model, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+         "usage": usage}]
+    yield [{"type": "message_stop"}]
+
+
+class Permissions:
+    """Questions whether a tool may run, put to whoever listens; the first answer counts."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.asked: dict[str, dict] = {}                # id -> question, the pending ones and some
+        self.listeners: set[asyncio.Queue] = set()      # each is given (event, question)
+        self._answers: dict[str, asyncio.Future] = {}   # of the pending ones
+
+    def pending(self) -> list[dict]:
+        return [question for question in self.asked.values() if question["status"] == "pending"]
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[asyncio.Queue]:
+        """A queue of (event, question), None at its end; first what is pending.  ApiError if too
+        many listen."""
+        if len(self.listeners) >= LISTENERS:
+            raise ApiError("rate_limit_exceeded", f"{LISTENERS} listen to questions already")
+        news: asyncio.Queue = asyncio.Queue()
+        for question in self.pending():
+            news.put_nowait(("request", dict(question)))
+        self.listeners.add(news)
+        try:
+            yield news
+        finally:
+            self.listeners.discard(news)
+
+    def close(self) -> None:
+        for listener in self.listeners:
+            listener.put_nowait(None)
+
+    async def permit(self, claude: Claude, request: dict) -> dict:
+        """The answer to a CLI's can_use_tool."""
+        receipt = claude.receipt or Receipt()
+        told = {name: request.get(name) for name in ("tool_use_id", "description",
+                                                     "decision_reason")}
+        verdict = await self.ask(
+            str(request.get("tool_name")), request.get("input") or {}, **told,
+            workspace=claude.launch.workspace or claude.launch.cwd, request_id=receipt.request)
+        if verdict.pop("scope", "") == "conversation":
+            hints = [hint for hint in request.get("permission_suggestions") or []
+                     if isinstance(hint, dict)]
+            hints = hints or [{"type": "addRules", "behavior": "allow",
+                               "rules": [{"toolName": request.get("tool_name")}]}]
+            verdict["updatedPermissions"] = [{**hint, "destination": "session"} for hint in hints]
+        return verdict
+
+    async def ask(self, tool: str, said: dict, **more: Any) -> dict:
+        """{"behavior": "allow", "updatedInput", maybe "scope"} or {"behavior": "deny", "message"}.
+        """
+        if not self.listeners:
+            return {"behavior": "deny", "message": f"{tool} may not run: nobody is there to approve "
+                    "it. The operator can listen with `ccproxy.py approve`, or allow it ahead with "
+                    "--allowed-tools or --permission-mode."}
+        name, now = "perm_" + secrets.token_hex(12), time.time()
+        question = self.asked[name] = {
+            "id": name, "object": "permission", "status": "pending", "tool_name": tool,
+            "input": said, **more, "created_at": now, "expires_at": now + self.timeout_s}
+        answer = self._answers[name] = asyncio.get_running_loop().create_future()
+        self._tell("request", question)
+        ending: dict = {"behavior": "cancel"}
+        try:
+            ending = await asyncio.wait_for(answer, self.timeout_s)
+        except asyncio.TimeoutError:
+            ending = {"behavior": "expire", "message": f"{tool} may not run: nobody approved it "
+                      f"within {self.timeout_s:g} s. The operator can be asked again."}
+        finally:
+            question["status"] = ENDINGS[ending["behavior"]]
+            del self._answers[name]
+            self._tell("expired" if question["status"] == "expired" else "resolved", question)
+            for old in [k for k, q in self.asked.items() if q["status"] != "pending"][:-ANSWERED]:
+                del self.asked[old]
+        allowed = ending["behavior"] == "allow"
+        return {"updatedInput": said, **ending} if allowed else {
+            "message": f"The operator has denied {tool}.", **ending, "behavior": "deny"}
+
+    def _tell(self, event: str, question: dict) -> None:
+        for listener in list(self.listeners):
+            if listener.qsize() > NEWS_LIMIT:           # it does not read
+                self.listeners.discard(listener)
+                listener.put_nowait(None)
+            else:
+                listener.put_nowait((event, dict(question)))
+
+    def answer(self, name: str, body: dict) -> dict:
+        """Take somebody's answer: the question as it stands then.  ApiError not_found, conflict if
+        it was answered before, or with the field at fault."""
+        question = self.asked.get(name)
+        if question is None:
+            raise ApiError("not_found", f"no question {name[:100]!r} about a permission")
+        for key in set(body) - {"behavior", "message", "updatedInput", "scope"}:
+            raise refusal(key[:100], "unknown; expected behavior, message, updatedInput or scope")
+        behavior = need(body.get("behavior"), "behavior", str, among=("allow", "deny"))
+        ending = {"behavior": behavior}
+        if body.get("message") is not None:
+            ending["message"] = need(body["message"], "message", str)
+        if body.get("updatedInput") is not None:
+            ending["updatedInput"] = need(body["updatedInput"], "updatedInput", dict)
+        if body.get("scope") is not None:
+            ending["scope"] = need(body["scope"], "scope", str, among=("once", "conversation"))
+        for key in {"updatedInput", "scope"} & set(ending) if behavior == "deny" else ():
+            raise refusal(key, "goes with allow only")
+        future = self._answers.get(name)
+        if future is None or future.done():
+            raise ApiError("conflict", f"already {question['status']}", "id")
+        future.set_result(ending)
+        question["status"] = ENDINGS[behavior]
+        return question
+
+    async def check(self, message: dict) -> dict | None:
+        """The answer to a JSON-RPC message of MCP (2025-06-18), whose one tool asks as a CLI does;
+        None for a notification."""
+        method, params = need(message.get("method"), "method", str), optional(
+            message, "params", dict)
+        told: dict = {"error": {"code": -32601, "message": f"no method {method[:60]!r} here"}}
+        if "id" not in message:
+            return None
+        if method == "initialize":
+            told = {"result": {"protocolVersion": params.get("protocolVersion", "2025-06-18"),
+                               "capabilities": {"tools": {}},
+                               "serverInfo": {"name": "ccproxy", "version": __version__}}}
+        elif method == "ping":
+            told = {"result": {}}
+        elif method == "tools/list":
+            told = {"result": {"tools": [CHECK_TOOL]}}
+        elif method == "tools/call" and params.get("name") == CHECK_TOOL["name"]:
+            said = optional(params, "arguments", dict, "params.")
+            where = "params.arguments."
+            verdict = await self.ask(
+                need(said.get("tool_name"), where + "tool_name", str),
+                need(said.get("input"), where + "input", dict),
+                tool_use_id=said.get("tool_use_id"), description=None, decision_reason=None,
+                workspace="", request_id="")
+            verdict.pop("scope", None)
+            told = {"result": {"content": [{"type": "text", "text": json.dumps(verdict)}]}}
+        elif method == "tools/call":
+            told = {"error": {"code": -32602, "message": "the one tool here is `check`"}}
+        return {"jsonrpc": "2.0", "id": message["id"], **told}
+
+
+class Sessions:
+    """Sessions of the CLI's by their callers' names: one turn at a time, kept in the store."""
+
+    def __init__(self, store: Store, ttl_days: float) -> None:
+        self._store, self._ttl_s = store, ttl_days * 86400
+        self._busy: dict[tuple[str, str], asyncio.Lock] = {}
+
+    @contextlib.asynccontextmanager
+    async def alone(self, caller: str, name: str, wait_s: float) -> AsyncIterator[None]:
+        """Hold a session for a turn.  ApiError conflict if another turn does, after so long."""
+        if not name:
+            yield
+            return
+        key = caller, name
+        lock = self._busy.setdefault(key, asyncio.Lock())
+        try:
+            if lock.locked() and not wait_s:
+                raise asyncio.TimeoutError
+            await asyncio.wait_for(lock.acquire(), wait_s or 1)
+        except asyncio.TimeoutError:
+            raise ApiError("conflict", f"session {name!r} is busy with another turn", "session_id",
+                           retry_after=1) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            if not lock.locked() and not getattr(lock, "_waiters", None):
+                self._busy.pop(key, None)
+
+    async def find(self, caller: str, name: str) -> dict | None:
+        """{"id", "workspace", "cwd", "cli", "created_at", "used_at"} of a session, if it is kept."""
+        gone = await self._store.run(self._store.expire_sessions, time.time() - self._ttl_s)
+        await forget(gone)
+        return next(iter(await self._store.run(self._store.sessions, caller, name)), None)
+
+    async def list(self, caller: str) -> list[dict]:
+        return await self._store.run(self._store.sessions, caller, None)
+
+    async def keep(self, caller: str, name: str, workspace: str, cwd: str, cli: str) -> None:
+        await self._store.run(self._store.keep_session, caller, name, workspace, cwd, cli)
+
+    async def delete(self, caller: str, name: str) -> bool:
+        """Whether there was one; what the CLI has written down of it goes, too."""
+        gone = await self._store.run(self._store.delete_session, caller, name)
+        await forget(gone)
+        return bool(gone)
+
+
+def own_directory(session: dict) -> bool:
+    """Whether a session has a directory that was made for it."""
+    return not session["workspace"] and os.path.basename(session["cwd"]).startswith("agent-")
+
+
+def session_object(session: dict) -> dict:
+    """What a caller is told of a session; never a path."""
+    return {"id": session["id"], "object": "session", "workspace": session["workspace"] or None,
+            "created_at": int(session["created_at"]), "used_at": int(session["used_at"])}
+
+
+async def forget(sessions: list[dict]) -> None:
+    """Remove what is on disk of sessions: the CLI's transcripts, directories of their own."""
+    def work() -> None:
+        home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(
+            os.path.expanduser("~"), ".claude")
+        for session in sessions:
+            if re.fullmatch(r"[0-9a-f-]{36}", session["cli"]):
+                for path in glob.glob(os.path.join(glob.escape(home), "projects", "*",
+                                                   session["cli"] + "*")):
+                    with contextlib.suppress(OSError):
+                        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+            if own_directory(session):
+                shutil.rmtree(session["cwd"], ignore_errors=True)
+    if sessions:
+        await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+# == 12. Upstream ==================================================================================
 # The upstream HTTP API: credentials, connections that are kept, exchanges in threads of their own
 # (urllib), and the api backend, which gives a Turn's events as the CLI would.  Knows no client's
 # socket.  Only the configured host is ever connected to; redirects are passed on, not followed.
@@ -3638,7 +4526,7 @@ class Upstream:
         """The upstream's name for a model: what --models maps, ids as they are, of a family the
         newest; anything else means the default model."""
         default = self.settings.model if self.settings.model != "default" else "sonnet"
-        target = mapped_model(self.settings.models, asked) or asked.rpartition("/")[2]
+        target = alias_of(self.settings.models, asked).get("model") or asked.rpartition("/")[2]
         for name in (re.sub(r"\[1m\]\Z", "", target), default):
             if re.fullmatch(FULL_ID, name):
                 return name
@@ -3732,7 +4620,7 @@ class Upstream:
         return need(told.get("input_tokens"), "upstream input_tokens", int)
 
 
-# == 12. Server ====================================================================================
+# == 13. Server ====================================================================================
 # Owner of every socket: connection loop, limits and deadlines, keep-alive, the client's end.
 # Knows bytes and requests, nothing of routes or models.
 
@@ -4000,7 +4888,7 @@ class Server:
             await asyncio.sleep(0.02)
 
 
-# == 13. App =======================================================================================
+# == 14. App =======================================================================================
 # The only room that sees a dialect, a backend and a socket at once: authenticate, parse, open
 # events, fold and send, record; or pass on what is only relayed.  Owner of a turn's deadline and
 # the caller's identity.
@@ -4018,9 +4906,17 @@ ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> methods, w
     "/responses/input_tokens": ("POST", "count", "responses"),
     "/responses/": ("GET, DELETE", "stored", "responses"),
     "/requests/": ("DELETE", "cancel", ""),
+    "/permissions": ("GET", "permissions", ""), "/permissions/": ("GET, POST", "permission", ""),
+    "/permissions/stream": ("GET", "permission_news", ""),
+    "/mcp/permission/check": ("POST", "permission_check", ""),
+    "/sessions": ("GET", "sessions", ""), "/sessions/": ("GET, DELETE", "session", ""),
 }
 PUBLIC = ("about", "health", "ready")       # work that needs no key
-PREFIXES = ("chat", "api")      # backends that a path may name:  /chat/v1/messages
+KEYED = ("permissions", "permission", "permission_news", "permission_check", "sessions",
+         "session")             # work that always needs one, as agents do
+PREFIXES = {"chat": "chat", "sdk": "agent", "api": "api"}   # of a path:  /sdk/v1/messages
+AGENT_HEADERS = ("X-CC-Workspace", "X-CC-Verbosity", "X-CC-Session", "X-CC-Session-Busy")
+SESSION_NAME = r"[\w.:@-]{1,128}"
 RELAY_METHODS = "GET, POST, PUT, PATCH, DELETE"
 PING = sse_frame({"type": "ping"}, "ping")
 
@@ -4034,12 +4930,13 @@ def route_path(path: str) -> tuple[str, str, str]:
     /v1/chat/completions/models (the endpoint taken for a base) -> "", "/models", ""
     /v1/models/a/b -> "", "/models/", "a/b"
     """
-    found = re.fullmatch(r"(.*?/(?:models|responses|requests))/(.+)", "/" + path.strip("/"), re.S)
+    found = re.fullmatch(r"(.*?/(?:models|responses|requests|permissions|sessions))/(.+)",
+                         "/" + path.strip("/"), re.S)
     path, name = found.groups() if found else (path, "")
     parts, backend = [part for part in path.split("/") if part], ""
     own = parts[:2] == ["chat", "completions"] or parts in (["chat"], ["api", "hello"])
     if parts and parts[0] in PREFIXES and not own:      # the last one is Claude Code's probe
-        backend = parts.pop(0)
+        backend = PREFIXES[parts.pop(0)]
     known = "/" + "/".join(part for part in parts if part != "v1")
     for base in ("/chat/completions", "/messages", "/responses"):
         inner = f"{known}/{name}" if name else known
@@ -4086,12 +4983,16 @@ class Call:
     failure: str = ""
     first_at: float = 0.0                   # time of the first delta
     written_at: float = 0.0                 # time of the last frame, at first of the request
+    rendering: Rendering | None = None      # how an agent's tools show
+    asks: bool = False                      # which workspace is still to be asked
     ended: bool = False                     # the stream has been told its end
     passed: bytes | None = None             # the end of what was relayed, if events are
 
     def told(self) -> dict[str, str]:
         """The headers of the answer, with how the turn was served."""
+        turn = self.turn or Turn("")
         told = {"X-CC-Conversation": self.receipt.conversation,
+                "X-CC-Session": turn.session, "X-CC-Workspace": turn.launch.workspace,
                 "X-CC-Upstream-Request-Id": self.receipt.upstream, "X-CC-Ignored-Params":
                 ", ".join(self.receipt.ignored)[:2000],
                 "X-CC-Model": str(self.message.start.get("model", "") if self.message else "")}
@@ -4197,16 +5098,26 @@ class Call:
             self.receipt.conversation, self.name, self.failure and f"| {self.failure[:300]}")))
 
 
+def base_of(settings: Settings, port: int) -> str:
+    """The base URL by which this machine reaches a proxy."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host else host
+    return f"http{'s' if settings.tls_cert else ''}://{host}:{port}"
+
+
 class App:
     """The proxy: a server in front, conversations behind."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.port, self._started = settings, 0, int(time.time())
         self.calls: set[Call] = set()               # that are being answered
-        self.conversations = Conversations(settings)
+        self.permissions = Permissions(settings.permission_timeout)
+        self.conversations = Conversations(settings, self.permissions.permit)
         self.upstream = Upstream(settings, self.conversations.refusals)
         self.store = Store(state_dir(settings), settings.store_days, settings.store_size,
                            settings.max_body)
+        self.sessions = Sessions(self.store, settings.session_ttl)
+        self.key = hashlib.sha256(settings.api_key.encode()).hexdigest() if settings.api_key else ""
         self.server = Server(settings, self.handle, self.refuse)
         if not is_loopback(settings.host) and not settings.api_key:
             raise ConfigError(f"refusing to listen on {settings.host} without a key: anybody there "
@@ -4214,9 +5125,7 @@ class App:
 
     @property
     def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)
-        host = f"[{host}]" if ":" in host else host
-        return f"http{'s' if self.settings.tls_cert else ''}://{host}:{self.port}"
+        return base_of(self.settings, self.port)
 
     async def serve(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """Serve until `stop` is set, then drain; no child process is left."""
@@ -4228,13 +5137,25 @@ class App:
                 raise ConfigError(f"the upstream {self.upstream.base} is this proxy itself; unset "
                                   "ANTHROPIC_BASE_URL, or set --upstream-url")
             self.upstream.start()
+            self._make_key()
             ready()
             await stop.wait()
         finally:
+            self.permissions.close()
             await self.server.stop()
             await self.upstream.stop()
             await self.conversations.stop()
             await self.store.close()
+
+    def _make_key(self) -> None:
+        """Agents need a key, also on loopback: if the operator sets none, one is made once."""
+        try:
+            if not self.key:
+                self.key, made = agent_key(state_dir(self.settings))
+                if made:
+                    say(f"the key for agents (/sdk/v1), shown this once: {made}")
+        except OSError as exc:
+            say(f"no key for agents (/sdk/v1) can be kept, set --api-key to use them: {exc}")
 
     # -- a request
 
@@ -4246,6 +5167,7 @@ class App:
         call.name = wished if re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", wished) else (
             "req_" + secrets.token_hex(12))
         call.headers = {"request-id": call.name, "X-Request-Id": call.name}
+        call.receipt.request = call.name
         self.calls.add(call)
         try:
             work = await self._admit(call)
@@ -4306,7 +5228,8 @@ class App:
         if work not in PUBLIC and origin is None and headers.get("sec-fetch-site") == "cross-site":
             raise ApiError("forbidden", "another site's page may not call")    # an image, a link
         if work not in PUBLIC:
-            call.receipt.caller = check_key(headers, self.settings.api_key)
+            self._identify(call, work in KEYED or work in ("answer", "count", "relay")
+                           and call.backend == "agent")
         if method == "HEAD" and served == "POST":       # a probe
             await call.send(200, {})
             return ""
@@ -4320,15 +5243,23 @@ class App:
         if not self.settings.quiet:
             say(call.log_line(started))
 
+    def _identify(self, call: Call, needed: bool) -> None:
+        """Who calls.  ApiError if no key was sent, and one is needed."""
+        call.receipt.caller = check_key(call.request.headers, self.key,
+                                        needed or bool(self.settings.api_key))
+
     @staticmethod
     def _need_json(call: Call) -> None:
         kind = call.request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError("unsupported_media_type", "Content-Type: expected application/json")
 
-    async def _parse(self, call: Call) -> Turn:
+    async def _read_json(self, call: Call) -> dict:
         self._need_json(call)
-        body, earlier = parse_json(await call.connection.read_body(self.settings.max_body)), []
+        return parse_json(await call.connection.read_body(self.settings.max_body))
+
+    async def _parse(self, call: Call, body: dict | None = None) -> Turn:
+        body, earlier = body or await self._read_json(call), []
         headers, asked = call.request.headers, body.get("model")
         body.update({"model": headers["x-cc-model"]} if "x-cc-model" in headers else {})
         if call.dialect is DIALECTS["responses"]:
@@ -4336,12 +5267,73 @@ class App:
         turn = call.dialect.parse(body, earlier)
         known = isinstance(asked, str) and 0 < len(asked) <= 256
         call.asked = asked if known else turn.model     # the reply repeats the body's
+        alias = alias_of(self.settings.models, turn.model)
+        effort = alias.get("effort") or self.settings.effort
         if "x-cc-effort" in headers:
             turn = with_effort(turn, headers["x-cc-effort"], "X-CC-Effort")
-        elif self.settings.effort and not {"effort", "thinking"} & set(turn.fields):
-            turn = with_effort(turn, self.settings.effort, "")
+        elif effort and not {"effort", "thinking"} & set(turn.fields):
+            turn = with_effort(turn, effort, "")
+        call.backend = call.route[0] or alias.get("backend") or self.settings.backend
+        system = alias.get("system", ""), turn.system
+        if call.backend == "agent":
+            turn = self._for_agent(call, turn, alias)
+            system = self.settings.append_system_prompt, *system
+        else:
+            unused = [name for name in AGENT_HEADERS if name.lower() in headers]
+            unused += ["session_id"] * bool(turn.session)
+            turn = replace(turn, session="", ignored=(*turn.ignored, *unused))
         call.receipt.ignored = list(turn.ignored)
-        return turn
+        return replace(turn, system="\n\n".join(filter(None, system)))
+
+    def _for_agent(self, call: Call, turn: Turn, alias: Mapping[str, str]) -> Turn:
+        """A turn that Claude Code is to play, in the workspace that is meant."""
+        headers, settings = call.request.headers, self.settings
+        self._identify(call, True)
+        names, messages = list(settings.workspaces), turn.messages
+        workspace = headers.get("x-cc-workspace") or alias.get("workspace", "")
+        need(workspace, "X-CC-Workspace", str, among=("", *names))
+        session = headers.get("x-cc-session") or turn.session
+        if session and not re.fullmatch(SESSION_NAME, session, re.ASCII):
+            raise refusal("X-CC-Session" if "x-cc-session" in headers else "session_id",
+                          "expected 1 to 128 letters, digits and any of . _ : @ -")
+        busy = need(headers.get("x-cc-session-busy", "wait"), "X-CC-Session-Busy", str,
+                    among=("wait", "reject"))
+        verbosity = need(headers.get("x-cc-verbosity") or alias.get("verbosity")
+                         or settings.verbosity, "X-CC-Verbosity", str, among=VERBOSITIES)
+        call.rendering = Rendering("text" if turn.schema is not None else verbosity,
+                                   call.dialect is not DIALECTS["chat"],
+                                   call.dialect is DIALECTS["messages"])
+        if settings.ask_workspace and not workspace:
+            workspace, messages = chosen_workspace(messages, names)
+            call.asks = not workspace
+        fields, ignored = dict(turn.fields), turn.ignored
+        if fields.get("tool_choice", {}).get("type") in ("any", "none"):    # it would have no end,
+            del fields["tool_choice"]                                       # or no tools at all
+            ignored += (turn.said.get("tool_choice", "tool_choice"),)
+        kept = [{**m, "content": [b for b in m["content"] if b["type"] not in THOUGHTS]}
+                for m in messages]          # what they were thought about is not all there
+        return replace(turn, messages=tuple(m for m in kept if m["content"]), fields=fields,
+                       ignored=ignored, session=session, wants={**turn.wants, "busy": busy},
+                       launch=self.conversations.launch(workspace, alias.get("permission_mode", "")))
+
+    async def _bind(self, call: Call) -> None:
+        """Bring a turn of a session to the session's own place."""
+        turn, (caller, name) = call.turn, (call.receipt.caller, call.turn.session)
+        session = await self.sessions.find(caller, name)
+        if session is None:
+            call.turn = replace(turn, launch=replace(turn.launch, kept=True))
+            return
+        workspace, own = session["workspace"], own_directory(session)
+        if turn.launch.workspace not in ("", workspace) or workspace not in (
+                "", *self.settings.workspaces):
+            raise ApiError("conflict", f"session {name!r} belongs to another workspace, "
+                           f"{workspace or 'none with a name'!r}", "X-CC-Workspace")
+        launch = self.conversations.launch(workspace, turn.launch.permission_mode)
+        if own:
+            os.makedirs(session["cwd"], mode=0o700, exist_ok=True)
+        call.asks = False
+        call.turn = replace(turn, launch=replace(
+            launch, kept=True, resume=session["cli"], cwd=session["cwd"] if own else launch.cwd))
 
     async def _in_time(self, call: Call, work: Any) -> Any:
         """Do a call's work within its deadline, and unless it is cancelled."""
@@ -4358,9 +5350,9 @@ class App:
 
     # -- routes
 
-    async def _answer(self, call: Call) -> None:
+    async def _answer(self, call: Call, body: dict | None = None) -> None:
         """A model's answer, whole or streamed."""
-        turn = call.turn = await self._parse(call)
+        turn = call.turn = await self._parse(call, body)
         ticket = secrets.token_hex(TICKET // 2)
         call.message = Message(ticket, call.asked, int(time.time()), turn.wants)
         beating = asyncio.ensure_future(self._beat(call)) if turn.stream else None
@@ -4372,21 +5364,40 @@ class App:
                 beating.cancel()
 
     async def _play(self, call: Call) -> None:
+        name, wait_s = call.turn.session, self.settings.queue_timeout
+        async with self.sessions.alone(call.receipt.caller, name, wait_s * (
+                call.turn.wants.get("busy") == "wait")):
+            if name:
+                await self._bind(call)
+            bursts = self._bursts(call)
+            try:
+                async for events in bursts:
+                    if call.cancelled:      # until 3.11 wait_for may swallow a cancellation
+                        raise asyncio.CancelledError
+                    if call.rendering:
+                        events = call.rendering.events(events)
+                    if events and events[-1]["type"] == "message_stop":
+                        await self._keep(call)
+                    if events:
+                        await call.give(events)
+            finally:
+                await bursts.aclose()
+
+    def _bursts(self, call: Call) -> AsyncIterator[list[dict]]:
+        """The events of a call's answer, from who has to give it."""
         turn = call.turn, call.message, call.receipt
-        bursts = self.upstream.events(*turn, call.request.headers) if call.backend == "api" else (
+        if call.backend == "api":
+            return self.upstream.events(*turn, call.request.headers)
+        return which_workspace(self.settings.workspaces, call.asked) if call.asks else (
             self.conversations.events(*turn))
-        try:
-            async for events in bursts:
-                if call.cancelled:          # until 3.11 wait_for may swallow a cancellation
-                    raise asyncio.CancelledError
-                if events[-1]["type"] == "message_stop":
-                    await self._keep(call)
-                await call.give(events)
-        finally:
-            await bursts.aclose()
 
     async def _keep(self, call: Call) -> None:
-        """Store a response before its end is told: it may be continued at once."""
+        """Store a response, and where its session is, before its end is told: either may be
+        continued at once."""
+        turn, receipt = call.turn, call.receipt
+        if receipt.session:
+            await self.sessions.keep(receipt.caller, turn.session, turn.launch.workspace,
+                                     receipt.home or turn.launch.cwd, receipt.session)
         items = call.turn.wants.get("items")
         if items is not None:
             response = call.dialect.body(call.message)
@@ -4404,8 +5415,8 @@ class App:
             if left <= 0 and call.connection.heartbeat:
                 call.ping()
 
-    async def _count(self, call: Call) -> None:
-        turn = await self._parse(call)
+    async def _count(self, call: Call, body: dict | None = None) -> None:
+        turn = await self._parse(call, body)
         kind = {"object": "response.input_tokens"} if call.dialect is DIALECTS["responses"] else {}
         tokens = await self._in_time(
             call, self.upstream.count(turn, call.request.headers) if call.backend == "api" else
@@ -4417,11 +5428,20 @@ class App:
         request, target = call.request, relay_target(call.request.target, *call.route)
         if call.dialect and request.method == "POST":
             self._need_json(call)
-        unused = [name for name in ("X-CC-Model", "X-CC-Effort") if name.lower() in request.headers]
+        body = await call.connection.read_body(self.settings.max_body)
+        if not call.route[0] and call.dialect and request.method == "POST" and any(
+                "backend" in alias for alias in self.settings.models.values()):
+            asked = parse_json(body)
+            alias = alias_of(self.settings.models, str(asked.get("model")))
+            if alias.get("backend", "api") != "api":    # a name of another backend's
+                return await getattr(self, "_" + ROUTES[call.route[1]][1])(call, asked)
+        unused = [name for name in ("X-CC-Model", "X-CC-Effort", *AGENT_HEADERS)
+                  if name.lower() in request.headers]
         call.headers.update({"X-CC-Ignored-Params": ", ".join(unused)} if unused else {})
         exchange = self.upstream.exchange(      # which alone holds the body, until it is sent
-            request.method, target, self.upstream.headers(request.headers),
-            await call.connection.read_body(self.settings.max_body), self.settings.request_timeout)
+            request.method, target, self.upstream.headers(request.headers), body,
+            self.settings.request_timeout)
+        del body
         try:
             await self._in_time(call, self._pass_on(call, exchange))
         finally:
@@ -4476,6 +5496,70 @@ class App:
             each.task.cancel()
         await call.send(200, {"id": name, "object": "request", "cancelled": True})
 
+    async def _permissions(self, call: Call) -> None:
+        await call.send(200, {"object": "list", "data": self.permissions.pending()})
+
+    async def _permission(self, call: Call) -> None:
+        """GET of a question, or POST of an answer to it."""
+        name, _, part = call.route[2].partition("/")
+        if (part, call.request.method) == ("respond", "POST"):
+            answered = self.permissions.answer(name, await self._read_json(call))
+            return await call.send(200, answered)
+        question = self.permissions.asked.get(name)
+        if question is None or part or call.request.method == "POST":
+            raise ApiError("not_found", f"no question {call.route[2][:100]!r} about a permission")
+        await call.send(200, question)
+
+    async def _permission_news(self, call: Call) -> None:
+        """Questions as events, as they come and are answered; first those that are pending."""
+        connection, beat_s = call.connection, self.settings.heartbeat
+        if call.request.method == "HEAD":
+            return await call.send(200, {})
+        with self.permissions.listening() as news:
+            call.status = 200
+            connection.start(200, {"Content-Type": "text/event-stream; charset=utf-8",
+                                   "Cache-Control": "no-cache", "X-Accel-Buffering": "no",
+                                   **call.told()}.items())
+            connection.write(b": listening\n\n")
+            connection.heartbeat = lambda: connection.write(b":\n\n")
+            told: Any = ()
+            while told is not None:
+                try:
+                    told = await asyncio.wait_for(news.get(), beat_s)
+                    frame = sse_frame(told[1], told[0]) if told else b""
+                except asyncio.TimeoutError:
+                    frame = b":\n\n"
+                if frame:
+                    connection.write(frame)
+                    await connection.drain()
+        connection.heartbeat, call.ended = None, True
+        connection.end()
+
+    async def _permission_check(self, call: Call) -> None:
+        """The same question as a tool of an MCP server over HTTP, for a CLI that runs elsewhere."""
+        answer = await self._in_time(call, self.permissions.check(await self._read_json(call)))
+        if answer is not None:
+            return await call.send(200, answer)
+        call.status = 202
+        await call.connection.send(202, call.told())
+
+    async def _sessions(self, call: Call) -> None:
+        found = await self.sessions.list(call.receipt.caller)
+        await call.send(200, {"object": "list", "data": list(map(session_object, found))})
+
+    async def _session(self, call: Call) -> None:
+        """GET or DELETE of a session; its process ends, and what is written down of it goes."""
+        caller, name = call.receipt.caller, call.route[2]
+        found = await self.sessions.find(caller, name)
+        if found is None:
+            raise ApiError("not_found", f"no session {name[:128]!r} of yours", "session_id")
+        if call.request.method != "DELETE":
+            return await call.send(200, session_object(found))
+        async with self.sessions.alone(caller, name, 0):
+            await self.conversations.end_session(caller, name)
+            await self.sessions.delete(caller, name)
+        await call.send(200, {"id": name, "object": "session", "deleted": True})
+
     async def _stored(self, call: Call) -> None:
         """GET or DELETE of a stored response; GET of its input, a page of it, newest first."""
         name, _, part = call.route[2].partition("/")
@@ -4506,8 +5590,10 @@ class App:
                 named.setdefault(name, model.get("displayName") or model.get("display_name")
                                  or name)
                 made[name] = model.get("created_at")
-        named.update({name: named.get(target, target) for name, target in
-                      self.settings.models.items() if not set("*?[") & set(name)})
+        for name, alias in self.settings.models.items():
+            if not set("*?[") & set(name):
+                target = alias.get("model") or name
+                named[name] = named.get(target, target)
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
         entries = [{"id": name, "object": "model", "type": "model", "display_name": shown,
                     "owned_by": "anthropic", "created": self._started,
@@ -4546,10 +5632,12 @@ class App:
                 "url": self.upstream.base, "streams": len(self.upstream.exchanges)},
             "uptime_s": int(time.time()) - self._started, "processes": {
                 "all": len(talk.fleet), "spare": len(talk.spares), "parked": parked,
-                "idle": len(talk.idle) - parked}, "connections": len(self.server.connections)})
+                "idle": len(talk.idle) - parked}, "connections": len(self.server.connections),
+            "permissions": {"pending": len(self.permissions.pending()),
+                            "listeners": len(self.permissions.listeners)}})
 
 
-# == 14. Commands ==================================================================================
+# == 15. Commands ==================================================================================
 # The command line: serve, doctor, version, the stand-in; and the two ways in for importers.
 
 def serve(settings: Settings | None = None) -> None:
@@ -4696,7 +5784,7 @@ async def show_credentials(settings: Settings) -> bool:
         found["api"] = False, f"{upstream.base}: {error.message}"
     for backend, (there, text) in found.items():
         print(f"{'ok' if there else 'none':6}{backend:6}{text}")
-    return bool(found[settings.backend][0])
+    return bool(found["api" if settings.backend == "api" else "chat"][0])
 
 
 def hand_over(settings: Settings, words: list[str]) -> int:
@@ -4706,6 +5794,148 @@ def hand_over(settings: Settings, words: list[str]) -> int:
         raise ApiError("unavailable", "the stand-in needs no login")
     environ = {name: value for name, value in os.environ.items() if not OUTER_ENV.match(name)}
     return subprocess.call([*command, *words], env=environ)
+
+
+# -- approve: a terminal that answers what agents ask
+
+SHOWN_LINES = 200           # of a tool's input
+
+
+def printable(text: str) -> str:
+    """A text that can do a terminal no harm: control and formatting characters are escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else "    " if c == "\t" else
+                   f"\\x{ord(c):02x}" for c in text)
+
+
+def changes(said: dict) -> list[str]:
+    """An edit or a new file as lines of a diff."""
+    import difflib
+    old, new = said.get("old_string"), said.get("new_string", said.get("content"))
+    lines = difflib.unified_diff(str(old or "").splitlines(), str(new or "").splitlines(), "", "",
+                                 lineterm="")
+    return [line for line in lines if not line.startswith(("---", "+++"))]
+
+
+def shown_question(question: dict) -> str:
+    """A question about a permission, for a terminal."""
+    said, where = question["input"], question.get("workspace") or "a private directory"
+    path = said.get("file_path") or said.get("notebook_path")
+    edits = said["edits"] if isinstance(said.get("edits"), list) else [said]
+    if path and any(isinstance(e, dict) and {"new_string", "content"} & set(e) for e in edits):
+        lines = [str(path), *(line for edit in edits for line in changes(edit))]
+    elif isinstance(said.get("command"), str):
+        lines = said["command"].splitlines()
+    else:
+        lines = json.dumps(said, indent=2, ensure_ascii=False).splitlines()
+    more = [f"... {len(lines) - SHOWN_LINES} more lines"] * (len(lines) > SHOWN_LINES)
+    why = [str(question[name]) for name in ("description", "decision_reason") if question.get(name)]
+    return "\n".join(map(printable, [f"{question['tool_name']} in {where}", *(
+        "    " + line for line in [*lines[:SHOWN_LINES], *more]), *why]))
+
+
+class Approver:
+    """Reads questions from a proxy and answers from a terminal.  Both are read by threads that put
+    (kind, value) into one queue, so an answer that somebody else gave is seen at once."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url, self.key, self.queue = url.rstrip("/"), key, queue.Queue()
+        self.open: dict[str, dict] = {}         # questions without an answer, in order
+
+    def request(self, path: str, body: dict | None = None) -> Any:
+        import urllib.request
+        request = urllib.request.Request(
+            self.url + path, data=encode_json(body) if body is not None else None, headers={
+                "Authorization": "Bearer " + self.key, "Content-Type": "application/json"})
+        return urllib.request.urlopen(request, timeout=60)
+
+    def listen(self) -> None:
+        """Put every event into the queue; come back if the proxy was away."""
+        import urllib.error
+        while True:
+            try:
+                with self.request("/permissions/stream") as stream:
+                    self.queue.put(("online", ""))
+                    event = ""
+                    for line in stream:
+                        name, _, value = line.decode("utf-8").rstrip("\n").partition(": ")
+                        event = value if name == "event" else event
+                        if name == "data":
+                            self.queue.put((event, json.loads(value)))
+            except urllib.error.HTTPError as exc:
+                self.queue.put(("refused", told_error(exc)))
+                return
+            except (OSError, ValueError, EOFError) as exc:
+                self.queue.put(("offline", str(exc)))
+            time.sleep(2)
+
+    def read(self) -> None:
+        for line in sys.stdin:
+            self.queue.put(("line", line.strip()))
+        self.queue.put(("line", None))
+
+    def run(self) -> int:
+        """Until the input ends, or the proxy refuses; the exit code."""
+        for work in (self.listen, self.read):
+            threading.Thread(target=work, daemon=True).start()
+        online = False
+        while True:
+            kind, value = self.queue.get()
+            first = next(iter(self.open), "")
+            if kind == "online":
+                online = True
+                print(f"listening at {self.url}", flush=True)
+            elif kind == "offline" and online:
+                online, first = False, ""
+                self.open.clear()
+                print(f"the proxy is away ({value}); trying again", flush=True)
+            elif kind == "offline":
+                online = online or bool(say(f"cannot reach {self.url}: {value}"))
+            elif kind == "refused" or value is None:
+                say(f"ccproxy: {value}" if value else "")
+                return 1 if value else 0
+            elif kind == "line" and first:
+                self.answer(first, value)
+            elif kind == "request":
+                self.open[value["id"]] = value
+            elif kind in ("resolved", "expired") and self.open.pop(value["id"], None):
+                print(f"({value['tool_name']}: {value['status']})", flush=True)
+            now = next(iter(self.open), "")
+            if now and now != first:
+                self.show(now)
+
+    def show(self, name: str) -> None:
+        print(f"\n{shown_question(self.open[name])}\n[y]es, [n]o (or n and why), [a]lways in this "
+              "conversation? ", end="", flush=True)
+
+    def answer(self, name: str, line: str) -> None:
+        """What the line says of a question; another line if it says nothing that is known."""
+        word, _, why = line.partition(" ")
+        body = ANSWERS.get(word.lower())
+        if body is None:
+            return print("y, n or a? ", end="", flush=True)
+        question = self.open.pop(name)
+        import urllib.error
+        try:
+            more = {"message": why.strip()} if why.strip() and word.lower()[0] == "n" else {}
+            self.request(f"/permissions/{name}/respond", {**body, **more}).close()
+            print(f"({question['tool_name']}: {ENDINGS[body['behavior']]})", flush=True)
+        except urllib.error.HTTPError as exc:
+            print(f"({told_error(exc)})", flush=True)
+        except OSError as exc:
+            print(f"(not told: {exc})", flush=True)
+
+
+ANSWERS: dict[str, dict] = {
+    **dict.fromkeys(("y", "yes"), {"behavior": "allow"}),
+    **dict.fromkeys(("a", "always"), {"behavior": "allow", "scope": "conversation"}),
+    **dict.fromkeys(("n", "no"), {"behavior": "deny"})}
+
+
+def told_error(exc: Any) -> str:
+    """What an HTTP error of ours says."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+        return json.loads(exc.read())["error"]["message"]
+    return str(exc)
 
 
 # -- the stand-in: a CLI of a few words, for a first try and for tests of clients without a token
@@ -4732,8 +5962,14 @@ def stand_in() -> None:
     /error STATUS       fail as the API would (429, 529, ...)
     /slow               answer a word every 0.1 s
     /long N             answer with N words
+    /run COMMAND        as an agent: seem to run it, if that is permitted, and tell what came of it
     """
     schema: dict | None = None
+    agent = any(word.startswith("--permission-mode") for word in sys.argv)
+    free = "--permission-mode=bypassPermissions" in sys.argv
+    session = next((word.partition("=")[2] for word in sys.argv if word.startswith("--resume=")),
+                   str(uuid.uuid4()))
+    runs: list[dict] = []                   # calls of its own tool that may run or not
     history: list[dict] = []
     calls: list[dict] = []                  # tool_use blocks whose results are due
 
@@ -4769,6 +6005,15 @@ def stand_in() -> None:
             "subtype": "mcp_message", "message": {"id": 1, "method": "tools/call",
                                                   "params": params}})
 
+    def run(call: dict, denied: str = "") -> None:
+        """Go on when it is known whether the tool may run."""
+        told = denied or f"ran: {call['input']['command']}"
+        put("user", parent_tool_use_id=None, message={"role": "user", "content": [{
+            "type": "tool_result", "tool_use_id": call["id"], "content": told,
+            "is_error": bool(denied)}]})
+        history.append({"role": "user", "content": [{"type": "text", "text": told}]})
+        answer()
+
     def answer() -> None:
         parts = [part for b in history[-1]["content"] for part in (
             b["content"] if b["type"] == "tool_result" else [b])]
@@ -4781,13 +6026,27 @@ def stand_in() -> None:
             "id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant",
             "model": "echo-1", "content": [], "stop_reason": None, "stop_sequence": None,
             "usage": {"input_tokens": len(json.dumps(history)) // 4, "output_tokens": 1}})
+        task = re.search(r"(?s)/run (.+)", said) if agent else None
+        if task:
+            call = {"type": "tool_use", "id": "toolu_" + secrets.token_hex(12), "name": "Bash",
+                    "input": {"command": task.group(1)}}
+            block(0, {"type": "text", "text": ""}, "text_delta", ["I will run it."])
+            block(1, {**call, "input": {}}, "input_json_delta", [json.dumps(call["input"])])
+            finish([call], "tool_use", 8)
+            if free:
+                return run(call)
+            runs.append(call)
+            return put("control_request", request_id=call["id"], request={
+                "subtype": "can_use_tool", "tool_name": "Bash", "tool_use_id": call["id"],
+                "input": call["input"], "permission_suggestions": []})
         if thinking:
             start = {"type": "thinking", "thinking": "", "signature": ""}
             block(0, start, "thinking_delta", ["They want ", "me to think."])
         wanted = re.findall(r"/call (\S+) (\{.*\})", said)
         if schema is not None:
             wanted = [(ANSWER, json.dumps(sample(schema, schema)))]
-        calls[:] = [{"type": "tool_use", "id": "toolu_" + secrets.token_hex(12), "name": name,
+        calls[:] = [{"type": "tool_use", "id": "toolu_" + secrets.token_hex(12),
+                     "name": PREFIX * agent * (schema is None) + name,
                      "input": parse_input(text)} for name, text in wanted]
         for at, call in enumerate(calls):
             pieces = re.findall("(?s).{1,12}", json.dumps(call["input"]))
@@ -4815,6 +6074,9 @@ def stand_in() -> None:
                 "subtype": "success", "request_id": line["request_id"], "response": {
                     "models": models, "account": {"tokenSource": "stand-in"},
                     "totalTokens": len(json.dumps(history)) // 4}})
+        elif line["type"] == "control_response" and runs:
+            verdict, call = line["response"]["response"], runs.pop()
+            run({**call, "input": verdict.get("updatedInput", {})}, verdict.get("message", ""))
         elif line["type"] == "control_response":
             results = history[-1]["content"]
             results.append({**line["response"]["response"]["mcp_response"]["result"],
@@ -4823,7 +6085,8 @@ def stand_in() -> None:
         elif line["message"]["content"]:
             history.append(line["message"])
         if line["type"] == "user":
-            put("system", subtype="init", model="echo-1", tools=[ANSWER] * (schema is not None))
+            put("system", subtype="init", model="echo-1", session_id=session,
+                tools=[ANSWER] * (schema is not None))
             answer() if line.get("shouldQuery", True) else result()
 
 
@@ -4844,17 +6107,21 @@ def argument_parser() -> argparse.ArgumentParser:
         description=__doc__.partition("\n\nEvery name")[0], epilog=inspect.cleandoc(own) + "\n\n"
         + inspect.getdoc(stand_in))
     parser.add_argument("verb", nargs="?", default="serve", choices=(
-        "serve", "doctor", "auth", "version"), help="serve requests (default); check CLI, login "
-        "and models; show credentials or log in; print version")
+        "serve", "doctor", "auth", "approve", "version"), help="serve requests (default); check "
+        "CLI, login and models; show credentials or log in; answer what agents may do; print "
+        "version")
     parser.add_argument("what", nargs="?", choices=("status", "login", "setup-token"),
                         help="auth: which credential each backend uses (default), or the CLI's own "
                         "`claude auth login` or `claude setup-token`")
     parser.add_argument("--config", metavar="FILE", help="configuration file, TOML or JSON "
                         "(default: ccproxy.toml, ccproxy.json)")
     parser.add_argument("--deep", action="store_true", help="doctor: ask the model once, too")
+    parser.add_argument("--url", help="approve: where the proxy is (default: from host and port)")
+    parser.add_argument("--key", help="approve: its key (default: api_key, or CCPROXY_API_KEY)")
     for name, (default, check, text) in OPTIONS.items():
         shown = f"default {default}, " if default not in ("", [], {}) else ""
-        kind = {"nargs": "?", "const": "true"} if check is flag else {}
+        kind = {"nargs": "?", "const": "true"} if check is flag else {"action": "append"} if (
+            check in (rules, arguments)) else {}
         parser.add_argument("--" + name.replace("_", "-"), metavar=name.rpartition("_")[2].upper(),
                             help=f"{text} ({shown}CCPROXY_{name.upper()})", **kind)
     return parser
@@ -4881,6 +6148,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0 if asyncio.run(show_credentials(settings)) else 1
         if flags["verb"] == "auth":
             return hand_over(settings, ["auth"] * (flags["what"] == "login") + [flags["what"]])
+        if flags["verb"] == "approve":
+            return Approver(flags["url"] or base_of(settings, settings.port),
+                            flags["key"] or settings.api_key).run()
         serve(settings)
         return 0
     except (ConfigError, ApiError) as error:

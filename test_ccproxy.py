@@ -8,12 +8,15 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import glob
+import hashlib
 import http.client
 import itertools
 import json
 import os
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -24,6 +27,7 @@ import textwrap
 import threading
 import time
 import urllib.parse
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -555,6 +559,8 @@ READERS = {"chat": read_chat, "messages": read_messages, "responses": read_respo
 class Client:
     """One conversation of a client that keeps its history itself, and sends all of it each time."""
 
+    prefix, headers = "", None
+
     def __init__(self, url, dialect, **fields):
         self.url, self.dialect, self.messages = url, dialect, []
         self.fields = {"model": MODEL, **({"max_tokens": 5000} if dialect == "messages" else {}),
@@ -574,13 +580,13 @@ class Client:
 
     def again(self, streamed=False):
         """The same request once more."""
-        path = PATHS[self.dialect]
+        path = self.prefix + PATHS[self.dialect]
         if not streamed:
-            status, headers, raw = post(self.url, path, self.body)
+            status, headers, raw = post(self.url, path, self.body, self.headers)
             answer = raw
         else:
             usage = {"stream_options": {"include_usage": True}} if self.dialect == "chat" else {}
-            raw = stream(self.url, path, {**self.body, **usage})
+            raw = stream(self.url, path, {**self.body, **usage}, self.headers)
             status, headers = raw.status, raw.headers
             answer = READERS[self.dialect](raw) if status == 200 else raw
         if status != 200:
@@ -629,8 +635,87 @@ class Client:
              **({"is_error": True} if failed else {})} for call, content, *failed in results]}]
 
 
-# -- a proxy with a real CLI behind it
+# -- agents
 
+AGENT_KEY = {"Authorization": "Bearer k"}
+
+
+class Agent(Client):
+    """A client of Claude Code with its tools; headers as Agent(url, "chat", Workspace="web")."""
+    prefix = "/sdk"
+
+    def __init__(self, url, dialect="messages", fields=(), **headers):
+        super().__init__(url, dialect, **dict(fields))
+        self.headers = {**AGENT_KEY, **{f"X-CC-{name.replace('_', '-')}": value
+                                  for name, value in headers.items()}}
+
+
+class Listener:
+    """Somebody who answers questions about permissions: `answer(question)` gives the body, or None
+    to say nothing.  .events is what he was told, as (event, question)."""
+
+    def __init__(self, url, answer=None, headers=AGENT_KEY):
+        self.url, self.headers, self.answer, self.events = url, headers, answer, []
+
+    def __enter__(self):
+        self.connection, self.response = connect(self.url, "/permissions/stream", None,
+                                                 self.headers, "GET")
+        assert self.response.status == 200
+        assert self.response.readline() == b": listening\n"
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+        return self
+
+    def _read(self):
+        event = ""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            for line in self.response:
+                name, _, value = line.decode().rstrip("\n").partition(": ")
+                event = value if name == "event" else event
+                if name == "data":
+                    question = json.loads(value)
+                    self.events.append((event, question))
+                    said = self.answer and event == "request" and self.answer(question)
+                    if said:
+                        self.status = post(self.url, f"/permissions/{question['id']}/respond", said,
+                                           self.headers)[0]
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self.connection.sock.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+        self.thread.join(5)
+
+
+@contextlib.contextmanager
+def terminal(tmp_path, url, key="k"):
+    """`ccproxy.py approve` in a pseudo-terminal: read(until) and write(text)."""
+    import pty
+    master, slave = pty.openpty()
+    process = subprocess.Popen([sys.executable, ccproxy.__file__, "approve", "--url", url, "--key",
+                                key], stdin=slave, stdout=slave, stderr=slave, cwd=str(tmp_path),
+                               env=environment(tmp_path), start_new_session=True)
+    os.close(slave)
+    held = bytearray()
+
+    def read(until_text, seconds=15):
+        deadline = time.monotonic() + seconds
+        while until_text.encode() not in held:
+            left = deadline - time.monotonic()
+            assert left > 0 and select.select([master], [], [], left)[0], bytes(held)
+            held.extend(os.read(master, 65536))
+        shown, _, rest = bytes(held).partition(until_text.encode())
+        held[:] = rest
+        return (shown.decode() + until_text).replace("\r\n", "\n")
+    try:
+        yield read, lambda text: os.write(master, text.encode())
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+# -- a proxy with a real CLI behind it
 MODEL = "claude-sonnet-4-6"     # takes sampling parameters and thinking; the default in these tests
 
 def claude_binaries():
@@ -3346,7 +3431,12 @@ class Proxy(NamedTuple):
 
     @property
     def log(self):
-        return self.stderr.read_text().splitlines()
+        """What it has said on stderr, but for the line with the key that it has made."""
+        return [line for line in self.stderr.read_text().splitlines() if "ccp-" not in line]
+
+    @property
+    def key(self):
+        return re.search("ccp-[A-Za-z0-9_-]{43}", self.stderr.read_text()).group()
 
 
 @contextlib.contextmanager
@@ -4243,7 +4333,7 @@ def test_a_configuration_file_can_be_named_and_hold_lists_and_maps(tmp_path, mon
     (tmp_path / "mine.json").write_text(json.dumps(
         {"models": {"gpt-*": "opus"}, "allow_hosts": ["a", "b"], "max_body": "2k", "quiet": True}))
     found = ccproxy.load_settings({"config": "mine.json"}, {})
-    assert (found.models, found.allow_hosts) == ({"gpt-*": "opus"}, ["a", "b"])
+    assert (found.models, found.allow_hosts) == ({"gpt-*": {"model": "opus"}}, ["a", "b"])
     assert (found.max_body, found.quiet, found.port) == (2048, True, 8082)
 
 
@@ -5425,7 +5515,7 @@ def test_a_key_that_is_no_text_guards_nothing(value):
         ccproxy.App(ccproxy.Settings(host="0.0.0.0", api_key=value))
 
 
-@pytest.mark.parametrize("path", ["/evil/v1/messages", "/sdk/v1/messages", "/v1/x/v1/messages"])
+@pytest.mark.parametrize("path", ["/evil/v1/messages", "/sdk/x/messages", "/v1/x/v1/messages"])
 def test_what_stands_before_a_route_is_not_read_over(url, path):
     assert http_post(url, "hi").status == 200
     assert ask(url, "POST " + path, body=question("hi")).status == 404
@@ -6884,6 +6974,862 @@ def test_a_turn_becomes_a_messages_request(turn, expected):
     assert made["model"] == "m" and made["stream"] is True and made["messages"] == list(messages)
 
 
+# == (h) agents ====================================================================================
+
+@contextlib.contextmanager
+def agency(tmp_path, **settings):
+    """A proxy whose agents are stand-ins; its key is k, its workspaces web and docs."""
+    for name in ("web", "docs"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    with serving(tmp_path, **{"api_key": "k", "workspaces": {
+            name: str(tmp_path / name) for name in ("web", "docs")}, **settings}) as base:
+        yield base
+
+
+FREE = {"permission_mode": "bypassPermissions", "i_am_sandboxed": True}
+
+
+def permit(url, name, **body):
+    return post(url, f"/permissions/{name}/respond", body, AGENT_KEY)
+
+
+def listing(url, path="/permissions"):
+    return post(url, path, None, AGENT_KEY, "GET")[2]
+
+
+# -- who may call, how it is started
+
+def test_agents_need_a_key_also_on_loopback_and_one_is_made_once(tmp_path):
+    with command(tmp_path) as proxy:
+        key = proxy.key
+        assert http_post(proxy.url, "hi").status == 200         # without tools nobody asks for it
+        for path in ("/sdk/v1/messages", "/sdk/v1/chat/completions", "/sdk/responses"):
+            refused = ask(proxy.url, "POST " + path, body=question("hi"))
+            assert refused.status == 401 and refused.headers["www-authenticate"] == "Bearer"
+            answer = ask(proxy.url, "POST " + path, f"x-api-key: {key}", body=(
+                {"model": "echo", "input": "hi"} if "responses" in path else question("hi")))
+            assert answer.status == 200, answer.body
+        for path in ("/permissions", "/permissions/x", "/permissions/stream", "/sessions",
+                     "/sessions/x", "/sdk/v1/permissions"):
+            assert ask(proxy.url, "GET " + path).status == 401
+        assert ask(proxy.url, "POST /mcp/permission/check", body={}).status == 401
+    kept = "".join(path.read_text(errors="replace") for path in (tmp_path / "state").rglob("*")
+                   if path.is_file())
+    assert key not in kept and hashlib.sha256(key.encode()).hexdigest() in kept
+    if os.name == "posix":
+        assert (tmp_path / "state" / "agent-key.sha256").stat().st_mode & 0o777 == 0o600
+    with command(tmp_path, "--backend", "agent") as proxy:
+        assert "ccp-" not in proxy.stderr.read_text()
+        assert ask(proxy.url, "POST /v1/messages", body=question("hi")).status == 401
+        assert ask(proxy.url, "POST /v1/messages", f"authorization: Bearer {key}",
+                   body=question("hi")).status == 200
+
+
+def test_a_key_of_the_operators_is_the_only_one(tmp_path):
+    with agency(tmp_path) as url:
+        assert not (tmp_path / "state" / "agent-key.sha256").exists()
+        assert Agent(url).ask("hi").text == "hi"
+
+
+@pytest.mark.parametrize("text, problem", [("", "no digest"), ("x" * 64, "no digest")])
+def test_a_broken_file_of_the_agents_key_is_said(tmp_path, text, problem):
+    (tmp_path / "agent-key.sha256").write_text(text)
+    with pytest.raises(OSError, match=problem):
+        ccproxy.agent_key(str(tmp_path))
+
+
+def test_two_starts_at_once_agree_on_one_key(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: ccproxy.agent_key(str(tmp_path / "s")), range(8)))
+    assert len({digest for digest, _ in made}) == 1 and sum(bool(key) for _, key in made) == 1
+    assert sorted(os.listdir(tmp_path / "s")) == ["agent-key.sha256"]
+
+
+@pytest.mark.parametrize("values, problem", [
+    ({"workspaces": {"web": "/none/such"}}, "workspaces: /none/such is no directory"),
+    ({"workspaces": "web=/none/such"}, "is no directory"),
+    ({"workspaces": {"a b": "/"}}, "names of letters"),
+    ({"cwd": "/none/such"}, "cwd: /none/such is no directory"),
+    ({"models": {"a": {"workspace": "web"}}}, "a.workspace: 'web' is not among"),
+    ({"models": {"a": {"color": "red"}}}, "a.color: expected one of model, workspace"),
+    ({"models": {"a": {"effort": "huge"}}}, "a.effort: expected one of"),
+    ({"models": {"a": {"backend": "none"}}}, "a.backend: expected one of chat, agent, api"),
+    ({"models": {"a": {"model": 1}}}, "a.model: expected a text"),
+    ({"permission_mode": "any"}, "permission_mode: expected one of default"),
+    ({"claude_arg": "'"}, "claude_arg: No closing quotation"),
+    ({"ask_workspace": True}, "ask_workspace: there are no workspaces"),
+])
+def test_a_setting_of_agents_that_cannot_be_used_is_an_error_at_start(values, problem):
+    with pytest.raises(ccproxy.ConfigError, match=re.escape(problem)):
+        ccproxy.Settings(**values)
+
+
+@pytest.mark.parametrize("values", [{"permission_mode": "bypassPermissions"},
+                                    {"models": {"a": {"permission_mode": "bypassPermissions"}}}])
+def test_root_bypasses_permissions_only_in_a_sandbox(monkeypatch, values):
+    monkeypatch.setattr(os, "geteuid", lambda: 0, raising=False)
+    with pytest.raises(ccproxy.ConfigError, match="--i-am-sandboxed"):
+        ccproxy.Settings(**values)
+    assert ccproxy.Settings(i_am_sandboxed=True, **values)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000, raising=False)
+    assert ccproxy.Settings(**values)
+    assert "IS_SANDBOX" in ccproxy.agent_switches((2, 1, 330), True)
+    assert "IS_SANDBOX" not in ccproxy.agent_switches((2, 1, 330), False)
+
+
+def test_an_agents_command_line_says_what_the_operator_has_said(tmp_path):
+    flags = {"allowed_tools": ["Read,Bash(git log:*, x)", "Edit"], "disallowed_tools": ["WebFetch"],
+             "max_turns": "7", "add_dir": "/a,/b", "mcp_config": "m.json",
+             "claude_arg": ["--foo 'a b'", "--bar"], "permission_mode": "plan"}
+    settings = ccproxy.load_settings(flags, {})
+    launch = ccproxy.Launch(True, "", "", "plan")
+    argv = ccproxy.claude_argv(["claude"], "opus", ccproxy.agent_options(launch, settings))
+    assert argv[-7:] == ["--add-dir=/a", "--add-dir=/b", "--mcp-config=m.json", "--foo", "a b",
+                         "--bar", "--model=opus"]
+    assert {"--permission-mode=plan", "--max-turns=7", "--no-session-persistence",
+            "--allowedTools=Read,Bash(git log:*, x),Edit"} <= set(argv)
+    [denied] = [word for word in argv if word.startswith("--disallowedTools=")]
+    assert denied.endswith("CronList,WebFetch")
+    assert not [word for word in argv if word.startswith(("--tools", "--setting-sources"))]
+    kept = dataclasses.replace(launch, kept=True, resume="uuid")
+    more = ccproxy.agent_options(kept, settings)
+    assert "--resume=uuid" in more and "--no-session-persistence" not in more
+
+
+def test_an_agents_environment_keeps_compaction_and_old_ones_read_no_mentions():
+    new, old = ({**ccproxy.claude_env({}, 2, 9, ccproxy.agent_switches(version, False))}
+                for version in ((2, 1, 330), (2, 1, 110)))
+    assert "DISABLE_COMPACT" not in new and "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE" not in new
+    assert "CLAUDE_AGENT_SDK_MCP_NO_PREFIX" not in new
+    assert new["CLAUDE_CODE_DISABLE_FILE_MENTIONS"] == "1"
+    assert "CLAUDE_CODE_DISABLE_ATTACHMENTS" not in new
+    assert old["CLAUDE_CODE_DISABLE_ATTACHMENTS"] == "1"
+
+
+def test_flags_of_agents_may_be_repeated(tmp_path):
+    flags = vars(ccproxy.argument_parser().parse_args([
+        "--allowed-tools", "Read", "--allowed-tools", "Bash(a,b)", "--claude-arg=--x 1",
+        "--claude-arg=--y", "--i-am-sandboxed"]))
+    settings = ccproxy.load_settings(flags, {"CCPROXY_DISALLOWED_TOOLS": "A, Bash(x, y)"})
+    assert settings.allowed_tools == ["Read", "Bash(a,b)"] and settings.i_am_sandboxed is True
+    assert settings.claude_arg == ["--x", "1", "--y"]
+    assert settings.disallowed_tools == ["A", "Bash(x, y)"]
+
+
+# -- workspaces, aliases
+
+@pytest.mark.parametrize("field, value, param", [
+    ("Workspace", "none", "X-CC-Workspace"), ("Workspace", "/etc", "X-CC-Workspace"),
+    ("Workspace", "../web", "X-CC-Workspace"), ("Verbosity", "loud", "X-CC-Verbosity"),
+    ("Session", "a b", "X-CC-Session"), ("Session", "x" * 129, "X-CC-Session"),
+    ("Session-Busy", "maybe", "X-CC-Session-Busy"), ("Effort", "huge", "X-CC-Effort")])
+@both_dialects
+def test_a_bad_header_of_agents_is_a_400_that_names_it(tmp_path, dialect, field, value, param):
+    with agency(tmp_path) as url:
+        answer = ask(url, "POST /sdk" + PATHS[dialect], "x-api-key: k", f"X-CC-{field}: {value}",
+                     body=question("hi"))
+        assert answer.status == 400 and param in answer.error["message"]
+        if dialect == "chat":
+            assert answer.error["param"] == param
+
+
+def test_an_alias_says_model_workspace_verbosity_and_backend(tmp_path):
+    models = {"coder": {"model": "echo", "workspace": "web", "verbosity": "narrated",
+                        "backend": "agent", "system": "Be brief."}, "plain": "echo"}
+    with agency(tmp_path, models=models, **FREE) as url:
+        client = Client(url, "messages", model="coder")
+        client.headers = AGENT_KEY
+        said = client.ask("/run ls")
+        assert said.headers["X-CC-Workspace"] == "web" and "[Bash: ls]" in said.text
+        assert said.raw["model"] == "coder"
+        client.headers = {**AGENT_KEY, "X-CC-Workspace": "docs", "X-CC-Verbosity": "text"}
+        said = client.ask("/run ls")
+        assert said.headers["X-CC-Workspace"] == "docs" and "[Bash" not in said.text
+        plain = ask(url, "POST /v1/messages", "x-api-key: k", "X-CC-Workspace: web",
+                    body=question("/run ls", model="plain", session_id="s"))
+        assert plain.text == "/run ls"
+        assert plain.headers["x-cc-ignored-params"] == "X-CC-Workspace, session_id"
+        ids = [m["id"] for m in listing(url, "/v1/models")["data"]]
+        assert {"coder", "plain"} <= set(ids)
+
+
+def test_an_alias_of_another_backend_is_served_where_messages_are_relayed(tmp_path, api, own_key):
+    models = {"coder": {"model": "echo", "backend": "agent"}, "bare": {"backend": "chat"},
+              "up": {"model": "claude-sonnet-5", "backend": "api"}}
+    with agency(tmp_path, backend="api", upstream_url=api.url, models=models, **FREE) as url:
+        for model, text in (("coder", "ran: x"), ("bare", "/run x"), ("claude-sonnet-5", "You said")):
+            answer = ask(url, "POST /v1/messages", "x-api-key: k",
+                         body=question("/run x", model=model, max_tokens=9))
+            assert answer.status == 200 and text in answer.text, answer.body
+        tokens = ask(url, "POST /v1/messages/count_tokens", "x-api-key: k",
+                     body=question("hi", model="coder"))
+        assert tokens.status == 200 and tokens.json["input_tokens"] > 0
+    with agency(tmp_path, upstream_url=api.url, models=models) as url:
+        answer = ask(url, "POST /v1/messages", "x-api-key: k",
+                     body=question("hi", model="up", max_tokens=9))
+        assert answer.status == 200 and "You said: hi" in answer.text
+        assert answer.json["model"] == "up"
+
+
+def test_an_agent_without_a_workspace_has_a_directory_of_its_own_that_goes_with_it(tmp_path):
+    fake = noted_stand_in(tmp_path)
+    with agency(tmp_path, claude=fake.path, idle_ttl=0.2) as url:
+        assert Agent(url).ask("hi").text == "hi"
+        if not os.path.isdir("/proc/self"):
+            return
+        [pid] = fake.pids
+        home = os.readlink(f"/proc/{pid}/cwd")
+        assert os.path.isdir(home) and os.path.basename(home).startswith("agent-")
+        assert os.stat(home).st_mode & 0o777 == 0o700
+        assert until(lambda: not os.path.exists(home), 10)
+
+
+NAMES_WS = ["web", "docs", "web-2"]
+
+
+@pytest.mark.parametrize("said, name", [
+    ("1", "web"), (" 2. ", "docs"), ("docs", "docs"), ("`Web`", "web"), ("the docs please", "docs"),
+    ("web-2", "web-2"), ("use web-2!", "web-2"), ("4", ""), ("", ""), ("web or docs", ""),
+    ("webs", "")])
+def test_a_named_workspace_is_found_in_the_answer(said, name):
+    def message(role, text):
+        return {"role": role, "content": [{"type": "text", "text": text}] * bool(text)}
+    task, after = message("user", "do it"), message("user", "more")
+    asked = message("assistant", ccproxy.WHICH + " ...")
+    talk = (task, asked, message("user", said))
+    assert ccproxy.chosen_workspace(talk, NAMES_WS) == (name, (task,) if name else talk)
+    if name:
+        longer = (*talk, message("assistant", "done"), after)
+        assert ccproxy.chosen_workspace(longer, NAMES_WS) == (
+            name, (task, message("assistant", "done"), after))
+        twice = (task, asked, message("user", "?"), *talk[1:])
+        assert ccproxy.chosen_workspace(twice, NAMES_WS) == (name, (task,))
+    assert ccproxy.chosen_workspace((task,), NAMES_WS) == ("", (task,))
+    assert ccproxy.chosen_workspace((task, message("assistant", "x"), after), NAMES_WS)[0] == ""
+
+
+@ALL
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_chat_window_is_asked_for_the_workspace_first(tmp_path, dialect, streamed):
+    with agency(tmp_path, ask_workspace=True) as url:
+        agent = Agent(url, dialect)
+        asked = agent.ask("the task", streamed=streamed)
+        assert asked.status == 200 and asked.text.startswith(ccproxy.WHICH)
+        assert "1. web\n2. docs" in asked.text and "X-CC-Workspace" not in asked.headers
+        again = agent.ask("neither", streamed=streamed)
+        assert again.text == asked.text
+        said = agent.ask("2", streamed=streamed)
+        assert (said.text, said.headers["X-CC-Workspace"]) == ("the task", "docs")
+        more = agent.ask("and more", streamed=streamed)
+        assert (more.text, more.headers["X-CC-Workspace"]) == ("and more", "docs")
+        assert more.headers["X-CC-Conversation"] == "continued"
+        assert Agent(url, dialect, Workspace="web").ask("hi").text == "hi"
+
+
+# -- how its tools show
+
+SHOWN_AS = {
+    "text": "I will run it.\n\nran: ls",
+    "narrated": "I will run it.\n\n[Bash: ls]\n\n[Bash gave: ran: ls]\n\nran: ls",
+    "verbose": 'I will run it.\n\n**Bash**\n\n```json\n{\n  "command": "ls"\n}\n```\n\n'
+               "```\nran: ls\n```\n\nran: ls",
+    "formatted": 'I will run it.\n\n<tool_use id="ID" name="Bash">{"command": "ls"}</tool_use>\n\n'
+                 '<tool_result tool_use_id="ID">ran: ls</tool_result>\n\nran: ls'}
+
+
+@ALL
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("verbosity", ccproxy.VERBOSITIES)
+def test_what_an_agent_runs_shows_as_its_caller_wants(tmp_path, dialect, streamed, verbosity):
+    with agency(tmp_path, **FREE) as url:
+        agent = Agent(url, dialect, Verbosity=verbosity)
+        said = agent.ask("/run ls", streamed=streamed)
+        assert said.status == 200 and said.finish in ("stop", ("end_turn", None))
+        text = re.sub("toolu_[0-9a-f]+", "ID", said.text)
+        if verbosity != "verbose" or dialect == "chat":
+            assert text == SHOWN_AS[verbosity]
+        elif dialect == "messages":
+            kinds = [b["type"] for b in said.message["content"]]
+            assert kinds == ["text", "mcp_tool_use", "mcp_tool_result", "text"]
+            use, result = said.message["content"][1:3]
+            assert use["id"] == result["tool_use_id"] and use["server_name"] == "claude_code"
+            assert result["content"] == [{"type": "text", "text": "ran: ls"}]
+            assert result["is_error"] is False
+        else:
+            kinds = [item["type"] for item in said.message]
+            assert kinds == ["message", "mcp_call", "message"]
+            item = said.message[1]
+            assert (item["name"], item["output"], item["error"], item["status"]) == (
+                "Bash", "ran: ls", None, "completed")
+            assert json.loads(item["arguments"]) == {"command": "ls"}
+        more = agent.ask("and now", streamed=streamed)          # it may come back as it is
+        assert (more.text, more.headers["X-CC-Conversation"]) == ("and now", "continued")
+
+
+def own_call(index, ident, name, *pieces):
+    return block(index, {"type": "mcp_tool_use", "id": ident, "name": name,
+                         "server_name": "claude_code", "input": {}},
+                 *({"type": "input_json_delta", "partial_json": piece} for piece in pieces))
+
+
+def own_result(index, ident, said, is_error=False):
+    return block(index, {"type": "mcp_tool_result", "tool_use_id": ident, "is_error": is_error,
+                         "content": [{"type": "text", "text": said}]})
+
+
+@pytest.mark.parametrize("said, shown", [
+    ({"command": "a\n\n  b"}, "[T: a b]"), ({"file_path": "/f", "content": "x"}, "[T: /f]"),
+    ({}, "[T]"), ({"n": 1}, '[T: {"n": 1}]'), ({"command": "x" * 200}, "[T: " + "x" * 117 + "...]")])
+def test_a_call_is_narrated_by_its_most_telling_argument(said, shown):
+    events = own_call(0, "t1", "T", json.dumps(said))
+    [text] = fold([start(), *ccproxy.Rendering("narrated", True, True).events(events)]).content
+    assert text == {"type": "text", "text": shown}
+
+
+def test_results_are_narrated_by_their_beginning_and_a_failure_is_named():
+    events = [*own_call(0, "t1", "Bash", '{"command": "x"}'), *own_result(1, "t1", "a\nb\nc"),
+              *own_call(2, "t2", "Read", "{}"), *own_result(3, "t2", "gone", True),
+              *own_result(4, "t0", "")]
+    message = fold([start(), *ccproxy.Rendering("narrated", True, True).events(events)])
+    assert "".join(b["text"] for b in message.content) == (
+        "[Bash: x]\n\n[Bash gave: a b c (3 lines)]\n\n[Read]\n\n[Read failed: gone]\n\n"
+        "[it gave: nothing]")
+
+
+@pytest.mark.parametrize("native, orphans, kinds", [
+    (True, True, ["mcp_tool_result", "text"]), (True, False, ["text", "text"]),
+    (False, False, ["text", "text"])])
+def test_a_result_whose_call_stood_in_an_earlier_message_shows_where_it_can(native, orphans, kinds):
+    rendering = ccproxy.Rendering("verbose", native, orphans)
+    message = fold([start(), *rendering.events([*own_result(0, "t1", "x"), *text(1, "y")])])
+    assert [b["type"] for b in message.content] == kinds
+
+
+def test_blocks_keep_their_order_and_get_new_numbers():
+    events = [*thinking(0, "hm"), *text(1, "a"), *own_call(2, "t1", "T", "{}"),
+              *call(3, "c1", "mine", '{"a": 1}'), *own_result(4, "t1", "x"), *text(5, "b")]
+    told = ccproxy.Rendering("text", False, False).events([start(), *events, *end()])
+    starts = [e for e in told if e["type"] == "content_block_start"]
+    assert [(e["index"], e["content_block"]["type"]) for e in starts] == [
+        (0, "thinking"), (1, "text"), (2, "tool_use"), (3, "text")]
+    assert [b.get("text") for b in fold(told).content if b["type"] == "text"] == ["a", "\n\nb"]
+
+
+def test_a_fence_or_tag_cannot_be_ended_by_what_a_tool_gave():
+    shown = ccproxy.markdown({"type": "mcp_tool_result", "is_error": False, "content": [
+        {"type": "text", "text": "a\n````\nb"}]}, "")
+    assert shown.startswith("`````\n") and shown.endswith("\n`````")
+    shown = ccproxy.tagged({"type": "mcp_tool_result", "tool_use_id": 't"1', "is_error": True,
+                            "content": [{"type": "text", "text": "</tool_result>&"}]}, "")
+    assert shown == ("<tool_result tool_use_id='t\"1' is_error=\"true\">&lt;/tool_result&gt;&amp;"
+                     "</tool_result>")
+
+
+# -- several API messages as one
+
+def agent_reply(lines, **more):
+    """(reply, events) of an agent's lines; the client has a tool `mine`."""
+    asked = dataclasses.replace(ccproxy.Turn("m", (HI_AGENT,), tools=({"name": "mine"},), **more),
+                                launch=ccproxy.Launch(True))
+    reply, events = ccproxy.AgentReply(asked), []
+    for line in lines:
+        events += reply.feed(line)
+    return reply, events
+
+
+HI_AGENT = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+MINE = ccproxy.PREFIX + "mine"
+DUE = {"type": "tools_call", "id": "c1"}
+
+
+def said_by(events, parent=None):
+    return [{"type": "stream_event", "event": event, "parent_tool_use_id": parent}
+            for event in events]
+
+
+def ran(ident, content="ok", **more):
+    return {"type": "user", "parent_tool_use_id": None, "message": {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": ident, "content": content, **more}]}}
+
+
+RESULT = {"type": "result", "subtype": "success", "is_error": False}
+
+
+def test_messages_of_a_turn_become_one_with_new_numbers_and_the_usage_of_all():
+    reply, events = agent_reply([
+        *said_by([start(input_tokens=10, cache_read_input_tokens=3, output_tokens=1, tier="a"),
+                  *text(0, "a"), *call(1, "t1", "Bash", '{"command": "x"}'),
+                  *end("tool_use", output_tokens=7)]),
+        *said_by([start(), *text(0, "inner"), *end()], "t1"), ran("t1", "out"),
+        *said_by([start(input_tokens=20, output_tokens=1, tier="b"), *text(0, "b"),
+                  *end(output_tokens=5)]), RESULT])
+    assert reply.done and reply.reusable and not reply.failed
+    assert [e["type"] for e in events].count("message_start") == 1
+    assert events[-1] == {"type": "message_stop"}
+    message = fold(events)
+    assert [b["type"] for b in message.content] == ["text", "mcp_tool_use", "mcp_tool_result",
+                                                    "text"]
+    assert message.content[1]["input"] == {"command": "x"} and message.stop_reason == "end_turn"
+    assert message.content[2]["content"] == [{"type": "text", "text": "out"}]
+    assert message.usage == {"input_tokens": 30, "cache_read_input_tokens": 3, "output_tokens": 12,
+                             "tier": "b"}
+    indexes = [e["index"] for e in events if e["type"] == "content_block_start"]
+    assert indexes == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("first", ["own", "mine"])
+def test_the_message_ends_when_a_client_tool_is_due(early, first):
+    blocks = [call(0, "t1", "Write", "{}"), call(1, "c1", MINE, '{"a": 1}')]
+    if first == "mine":
+        blocks = [call(0, "c1", MINE, '{"a": 1}'), call(1, "t1", "Write", "{}")]
+    *rest, stop = said_by([start(), *blocks[0], *blocks[1], *end("tool_use")])
+    lines = [*rest, DUE, stop] if early else [*rest, stop, DUE]
+    if first == "own":
+        lines.insert(lines.index(DUE), ran("t1"))
+    for at, line in enumerate(lines):
+        reply, events = agent_reply(lines[:at + 1])
+        assert reply.done == (at == len(lines) - 1)
+    message = fold(events)
+    assert reply.reusable and message.stop_reason == "tool_use"
+    [mine] = [b for b in message.content if b["type"] == "tool_use"]
+    assert (mine["name"], mine["input"]) == ("mine", {"a": 1})
+
+
+def test_what_came_of_an_own_call_after_a_clients_result_is_told_in_the_next_message():
+    lines = [ran("c1", "the client's"), ran("t1", [{"type": "text", "text": "x"},
+                                                   {"type": "image", "source": {}}]),
+             {"type": "system", "subtype": "status", "status": "requesting"},
+             *said_by([start(), *text(0, "b"), *end()]), RESULT]
+    asked = ccproxy.Turn("m", ({"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "c1", "content": []}]},), launch=ccproxy.Launch(True))
+    reply = ccproxy.AgentReply(asked)
+    message = fold([event for line in lines for event in reply.feed(line)])
+    assert reply.done and [b["type"] for b in message.content] == ["mcp_tool_result", "text"]
+    assert message.content[0]["content"] == [{"type": "text", "text": "x"},
+                                             {"type": "text", "text": "[image]"}]
+
+
+@pytest.mark.parametrize("subtype", ["error_max_turns", "error_max_budget_usd"])
+def test_a_limit_of_the_turn_is_a_pause(subtype):
+    reply, events = agent_reply([
+        *said_by([start(), *call(0, "t1", "Bash", "{}"), *end("tool_use")]), ran("t1"),
+        {"type": "result", "subtype": subtype, "is_error": True}])
+    assert reply.done and not reply.reusable and fold(events).stop_reason == "pause_turn"
+
+
+@pytest.mark.parametrize("lines, status, words", [
+    ([{"type": "assistant", "error": "rate_limit", "message": {
+        "model": "<synthetic>", "content": [{"type": "text", "text": "API Error: 429 slow down"}]}},
+      {**RESULT, "is_error": True}], 429, "slow down"),
+    ([RESULT], 502, "without an answer"),
+    ([*said_by([start(), *text(0, "a")]), *said_by([start()])], 502, "began its answer again"),
+    ([*said_by([start(), *text(0, "a")]), {"type": "system", "status": "requesting"}], 502,
+     "broke off")])
+def test_a_turn_of_an_agents_that_fails_says_why(lines, status, words):
+    reply, _ = agent_reply(lines)
+    assert reply.failed.status == status and words in reply.failed.message
+
+
+@pytest.mark.parametrize("reason", ["max_tokens", "refusal", "model_context_window_exceeded"])
+def test_a_message_that_was_cut_off_ends_an_agents_turn_at_once(reason):
+    reply, events = agent_reply(said_by([start(), *text(0, "a"), *end(reason)]))
+    assert reply.done and not reply.reusable and fold(events).stop_reason == reason
+
+
+def test_an_agent_is_not_silent_while_its_tools_run():
+    lines = said_by([start(), *call(0, "t1", "Bash", "{}"), *end("tool_use")])
+    assert not agent_reply(lines[:-2])[0].working and agent_reply(lines)[0].working
+    assert not agent_reply([*lines, ran("t1"), *said_by([start()])])[0].working
+
+
+def test_names_of_client_tools_hold_behind_the_prefix():
+    tools = tuple({"name": name, "description": "d", "input_schema": {
+        "type": "object", "properties": [], "required": ["a"]}} for name in ("a b", "x" * 120, "ok"))
+    turn_ = ccproxy.Turn("m", tools=tools, launch=ccproxy.Launch(True))
+    listed = ccproxy.wire_tools(turn_)
+    assert all(len(ccproxy.PREFIX + t["name"]) <= 128 for t in listed) and listed[2]["name"] == "ok"
+    reply = ccproxy.AgentReply(dataclasses.replace(turn_, messages=(HI_AGENT,)))
+    assert reply._names == {ccproxy.PREFIX + t["name"]: own["name"]
+                            for t, own in zip(listed, tools)}
+    answer = ccproxy.mcp_answer({"method": "tools/list"}, listed, whole=True)
+    for told in answer["mcp_response"]["result"]["tools"]:
+        assert told["description"] == "d"
+        assert told["inputSchema"] == {"type": "object", "required": ["a"]}
+    request = ccproxy.settings_request(dataclasses.replace(turn_, fields={
+        "tool_choice": {"type": "tool", "name": "ok"}}), None)["settings"]
+    body = json.loads(request["env"]["CLAUDE_CODE_EXTRA_BODY"])
+    assert body == {"tool_choice": {"type": "tool", "name": MINE.replace("mine", "ok")}}
+
+
+def test_a_forced_choice_would_never_end_and_is_reported(tmp_path):
+    tools = [{"name": "look", "input_schema": {"type": "object"}}]
+    with agency(tmp_path) as url:
+        for choice, ignored in (({"type": "any"}, "tool_choice"), ({"type": "none"}, "tool_choice"),
+                                ({"type": "auto"}, None), ({"type": "tool", "name": "look"}, None)):
+            said = Agent(url, "messages", {"tools": tools, "tool_choice": choice}).ask("hi")
+            assert said.status == 200 and said.headers["X-CC-Ignored-Params"] == ignored
+
+
+def test_a_clients_tool_in_an_agents_turn_goes_there_and_back(tmp_path):
+    with agency(tmp_path, **FREE) as url:
+        agent = Agent(url, "chat", {"tools": [tool("look")]})
+        said = agent.ask('/call look {"a": 1}', streamed=True)
+        assert said.finish == "tool_calls" and said.calls[0][1:] == ("look", {"a": 1})
+        told = agent.ask(*agent.results((said.calls[0][0], "/run found")))
+        assert told.text == "I will run it.\n\nran: found"
+        assert told.headers["X-CC-Conversation"] == "continued"
+
+
+# -- permissions
+
+def asking(url, pool, *said, **more):
+    """An agent's turn that waits for a permission: (its future answer, the question)."""
+    before = {q["id"] for q in listing(url)["data"]}
+    future = pool.submit(Agent(url, **more).ask, *(said or ("/run ls",)))
+    assert until(lambda: [q for q in listing(url)["data"] if q["id"] not in before])
+    return future, [q for q in listing(url)["data"] if q["id"] not in before][0]
+
+
+def test_a_question_is_told_listed_shown_and_answered_once(tmp_path):
+    with agency(tmp_path) as url, Listener(url) as one, Listener(url) as two, (
+            ThreadPoolExecutor(2)) as pool:
+        future, asked = asking(url, pool, Workspace="web")
+        assert (asked["tool_name"], asked["input"]) == ("Bash", {"command": "ls"})
+        assert (asked["status"], asked["workspace"]) == ("pending", "web")
+        assert asked["expires_at"] - asked["created_at"] == 120
+        assert str(tmp_path) not in json.dumps(asked)
+        assert listing(url, f"/permissions/{asked['id']}") == asked
+        with Listener(url) as late:
+            assert until(lambda: late.events == [("request", asked)])
+            status, _, said = permit(url, asked["id"], behavior="allow")
+            assert (status, said["status"]) == (200, "allowed")
+            assert future.result(5).text == "I will run it.\n\nran: ls"
+            for listener in (one, two, late):
+                assert until(lambda: len(listener.events) == 2)
+                assert listener.events[1] == ("resolved", {**asked, "status": "allowed"})
+        again = permit(url, asked["id"], behavior="deny")
+        assert again[0] == 409 and "already allowed" in again[2]["error"]["message"]
+        assert listing(url)["data"] == []
+        assert listing(url, f"/permissions/{asked['id']}")["status"] == "allowed"
+
+
+@pytest.mark.parametrize("body, text", [
+    ({"behavior": "deny"}, "The operator has denied Bash."),
+    ({"behavior": "deny", "message": "not today"}, "not today"),
+    ({"behavior": "allow", "updatedInput": {"command": "pwd"}}, "ran: pwd"),
+    ({"behavior": "allow", "scope": "conversation"}, "ran: ls"),
+    ({"behavior": "allow", "scope": "once", "message": None}, "ran: ls")])
+def test_an_answer_may_deny_with_words_or_change_the_input(tmp_path, body, text):
+    with agency(tmp_path) as url, Listener(url, lambda question: body) as listener:
+        assert Agent(url).ask("/run ls").text == f"I will run it.\n\n{text}"
+        assert listener.status == 200
+
+
+@pytest.mark.parametrize("body, param", [
+    ({}, "behavior"), ({"behavior": "maybe"}, "behavior"), ({"behavior": True}, "behavior"),
+    ({"behavior": "allow", "updatedInput": []}, "updatedInput"),
+    ({"behavior": "allow", "scope": "ever"}, "scope"), ({"behavior": "allow", "x": 1}, "x"),
+    ({"behavior": "deny", "message": 1}, "message"),
+    ({"behavior": "deny", "updatedInput": {}}, "updatedInput"),
+    ({"behavior": "deny", "scope": "once"}, "scope")])
+def test_an_answer_that_says_nothing_clear_is_a_400_and_the_question_stays(tmp_path, body, param):
+    with agency(tmp_path) as url, Listener(url), ThreadPoolExecutor(1) as pool:
+        future, asked = asking(url, pool)
+        status, _, said = post(url, f"/permissions/{asked['id']}/respond", body, AGENT_KEY)
+        assert (status, said["error"]["param"]) == (400, param)
+        assert permit(url, asked["id"], behavior="allow")[0] == 200
+        assert future.result(5).status == 200
+
+
+def test_odd_requests_about_permissions_are_errors(tmp_path):
+    with agency(tmp_path) as url:
+        for method, path, status in (
+                ("GET", "/permissions/none", 404), ("POST", "/permissions/none/respond", 404),
+                ("POST", "/permissions/none", 404), ("GET", "/permissions/none/respond", 404),
+                ("DELETE", "/permissions/none", 405), ("POST", "/permissions/stream", 405),
+                ("GET", "/sessions/none", 404), ("DELETE", "/sessions/none", 404)):
+            body = {"behavior": "allow"} if method == "POST" else None
+            answer = ask(url, f"{method} {path}", "x-api-key: k", body=body)
+            assert answer.status == status, (method, path)
+            assert answer.error["message"]
+        answer = ask(url, "POST /permissions/x/respond", "x-api-key: k", "content-type: text/plain",
+                     body=b"{}")
+        assert answer.status == 415
+
+
+def test_nobody_there_and_no_answer_in_time_both_deny_with_words_that_help(tmp_path):
+    with agency(tmp_path, permission_timeout=0.3) as url:
+        assert "ccproxy.py approve" in Agent(url).ask("/run ls").text
+        with Listener(url) as listener:
+            assert "nobody approved it within 0.3 s" in Agent(url).ask("/run ls").text
+            assert until(lambda: [event for event, _ in listener.events] == ["request", "expired"])
+            asked = listener.events[1][1]
+            assert asked["status"] == "expired"
+            assert permit(url, asked["id"], behavior="allow")[0] == 409
+        assert until(lambda: not listing(url, "/status")["permissions"]["listeners"])
+        assert "ccproxy.py approve" in Agent(url).ask("/run ls").text
+
+
+def test_a_client_that_goes_takes_its_question_along(tmp_path):
+    with agency(tmp_path) as url, Listener(url) as listener:
+        body = {"model": "echo", "messages": [{"role": "user", "content": "/run ls"}],
+                "stream": True}
+        connection, response = connect(url, "/sdk/v1/chat/completions", body,
+                                       {**AGENT_KEY, "X-Request-Id": "mine"})
+        assert until(lambda: listener.events)
+        assert listener.events[0][1]["request_id"] == "mine"
+        assert post(url, "/v1/requests/mine", None, AGENT_KEY, "DELETE")[0] == 200
+        assert until(lambda: [q["status"] for _, q in listener.events] == ["pending", "cancelled"])
+        connection.close()
+        response.close()
+        assert listing(url)["data"] == []
+
+
+def test_listeners_are_few_and_do_not_delay_the_end(tmp_path):
+    with agency(tmp_path, drain_timeout=30) as url:
+        with contextlib.ExitStack() as stack:
+            for _ in range(ccproxy.LISTENERS):
+                stack.enter_context(Listener(url))
+            answer = ask(url, "GET /permissions/stream", "x-api-key: k")
+            assert answer.status == 429
+        assert until(lambda: not listing(url, "/status")["permissions"]["listeners"])
+        listener = Listener(url)
+        listener.__enter__()
+    listener.thread.join(5)                 # the proxy has ended the stream, and itself
+    assert not listener.thread.is_alive()
+
+
+def test_a_listener_is_told_now_and_then_that_the_proxy_lives(tmp_path):
+    with agency(tmp_path, heartbeat=0.05) as url:
+        connection, response = connect(url, "/permissions/stream", None, AGENT_KEY, "GET")
+        assert [response.readline() for _ in range(6)] == [
+            b": listening\n", b"\n", b":\n", b"\n", b":\n", b"\n"]
+        response.close()
+        connection.close()
+
+
+def test_the_same_question_as_a_tool_of_mcp(tmp_path):
+    def rpc(method, params=None, **more):
+        status, _, said = post(url, "/mcp/permission/check", {
+            "jsonrpc": "2.0", "id": 1, "method": method, "params": params, **more}, AGENT_KEY)
+        assert (status, said["id"]) == (200, 1)
+        return said.get("result") or said["error"]
+    with agency(tmp_path) as url:
+        said = rpc("initialize", {"protocolVersion": "2024-11-05"})
+        assert said["protocolVersion"] == "2024-11-05" and "tools" in said["capabilities"]
+        assert [t["name"] for t in rpc("tools/list")["tools"]] == ["check"]
+        assert rpc("ping") == {} or rpc("ping")
+        assert rpc("resources/list")["code"] == -32601
+        assert rpc("tools/call", {"name": "other"})["code"] == -32602
+        asked = {"name": "check", "arguments": {"tool_name": "Bash", "input": {"command": "ls"}}}
+        verdict = json.loads(rpc("tools/call", asked)["content"][0]["text"])
+        assert verdict["behavior"] == "deny" and "ccproxy.py approve" in verdict["message"]
+        with Listener(url, lambda question: {"behavior": "allow"}):
+            verdict = json.loads(rpc("tools/call", asked)["content"][0]["text"])
+        assert verdict == {"behavior": "allow", "updatedInput": {"command": "ls"}}
+        notice = ask(url, "POST /mcp/permission/check", "x-api-key: k", body={
+            "jsonrpc": "2.0", "method": "notifications/initialized"})
+        assert (notice.status, notice.body) == (202, b"")
+        for body, param in (({}, "method"), ({"method": "tools/call", "id": 1, "params": {
+                "name": "check", "arguments": {"tool_name": "x"}}}, "params.arguments.input")):
+            answer = ask(url, "POST /mcp/permission/check", "x-api-key: k", body=body)
+            assert (answer.status, answer.error["param"]) == (400, param)
+
+
+# -- approve
+
+ASKED = {"id": "perm_1", "tool_name": "Bash", "input": {"command": "ls"}, "workspace": "web",
+         "description": None, "decision_reason": None}
+
+
+@pytest.mark.parametrize("more, shown", [
+    ({}, "Bash in web\n    ls"),
+    ({"workspace": "", "description": "List", "decision_reason": "not allowed"},
+     "Bash in a private directory\n    ls\nList\nnot allowed"),
+    ({"input": {"command": "a\n\x1b]0;x\x07b\u202e"}},
+     "Bash in web\n    a\n    \\x1b]0;x\\x07b\\x202e"),
+    ({"tool_name": "Edit", "input": {"file_path": "/f", "old_string": "a\nb\nc",
+                                     "new_string": "a\nB\nc"}},
+     "Edit in web\n    /f\n    @@ -1,3 +1,3 @@\n     a\n    -b\n    +B\n     c"),
+    ({"tool_name": "Write", "input": {"file_path": "/f", "content": "x\ny"}},
+     "Write in web\n    /f\n    @@ -0,0 +1,2 @@\n    +x\n    +y"),
+    ({"tool_name": "MultiEdit", "input": {"file_path": "/f", "edits": [
+        {"old_string": "a", "new_string": "b"}, 5]}}, None),
+    ({"tool_name": "Odd", "input": {"a": [1, "\u00e9"]}},
+     'Odd in web\n    {\n      "a": [\n        1,\n        "\u00e9"\n      ]\n    }')])
+def test_a_question_is_shown_so_that_it_can_be_judged_and_does_no_harm(more, shown):
+    if shown is None:
+        more["input"]["edits"].pop()
+        shown = "MultiEdit in web\n    /f\n    @@ -1 +1 @@\n    -a\n    +b"
+    assert ccproxy.shown_question({**ASKED, **more}) == shown
+
+
+def test_a_long_question_is_cut():
+    lines = ccproxy.shown_question({**ASKED, "input": {"command": "x\n" * 500}}).splitlines()
+    assert len(lines) == 202 and lines[-1].strip() == "... 300 more lines"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
+def test_approve_asks_in_a_terminal_and_sees_what_others_answer(tmp_path):
+    with agency(tmp_path) as url, terminal(tmp_path, url) as (read, write), (
+            ThreadPoolExecutor(2)) as pool:
+        read(f"listening at {url}\n")
+        future, _ = asking(url, pool, "/run one", Workspace="web")
+        assert "Bash in web\n    one\n" in read("conversation? ")
+        write("what\n")
+        read("y, n or a? ")
+        write("n ask me later\n")
+        assert "ask me later" in future.result(5).text
+        read("(Bash: denied)")
+        future, asked = asking(url, pool, "/run two")
+        other, _ = asking(url, pool, "/run three")
+        read("conversation? ")
+        assert permit(url, asked["id"], behavior="allow")[0] == 200
+        assert "ran: two" in future.result(5).text
+        assert "three" in read("conversation? ")        # the next one, without a key pressed
+        write("a\n")
+        assert "ran: three" in other.result(5).text
+
+
+def test_approve_says_when_it_is_refused_or_nobody_is_there(tmp_path):
+    with agency(tmp_path) as url:
+        told = run(tmp_path, "approve", "--url", url, "--key", "wrong")
+        assert told.returncode == 1 and "a valid key is needed" in told.stderr
+    told = run(tmp_path, "approve", "--url", "http://127.0.0.1:9", "--key", "k")
+    assert told.returncode == 0 and "cannot reach http://127.0.0.1:9" in told.stderr
+
+
+# -- sessions
+
+def test_a_session_continues_by_its_name_alone(tmp_path):
+    with agency(tmp_path) as url:
+        for number, kind in enumerate(("new", "continued", "continued")):
+            fields = {"session_id": "mine"} if number else ()
+            headers = {} if number else {"Session": "mine"}
+            said = Agent(url, "chat", fields, **headers).ask(f"q{number}")
+            assert (said.text, said.headers["X-CC-Conversation"]) == (f"q{number}", kind)
+            assert said.headers["X-CC-Session"] == "mine"
+        [session] = listing(url, "/sessions")["data"]
+        assert session == listing(url, "/v1/sessions/mine")
+        assert (session["id"], session["object"], session["workspace"]) == ("mine", "session", None)
+        assert post(url, "/sessions/mine", None, AGENT_KEY, "DELETE")[2] == {
+            "id": "mine", "object": "session", "deleted": True}
+        assert listing(url, "/sessions")["data"] == []
+        assert not os.listdir(tmp_path / "state" / "sessions")
+        assert Agent(url, Session="mine").ask("q").headers["X-CC-Conversation"] == "new"
+
+
+def test_a_session_is_resumed_by_another_proxy_in_its_own_directory(tmp_path):
+    fake, homes = noted_stand_in(tmp_path), []
+    for kind in ("new", "resumed"):
+        with agency(tmp_path, claude=fake.path) as url:
+            said = Agent(url, Session="mine").ask("hi")
+            assert (said.text, said.headers["X-CC-Conversation"]) == ("hi", kind)
+            if os.path.isdir("/proc/self"):
+                homes.append(os.readlink(f"/proc/{fake.pids[-1]}/cwd"))
+    assert len(set(homes)) <= 1
+    if homes:
+        assert os.path.dirname(homes[0]) == str(tmp_path / "state" / "sessions")
+
+
+def test_a_session_belongs_to_its_workspace(tmp_path):
+    with agency(tmp_path) as url:
+        assert Agent(url, Session="s", Workspace="web").ask("hi").status == 200
+        said = Agent(url, Session="s").ask("hi")
+        assert said.headers["X-CC-Workspace"] == "web"
+        said = Agent(url, Session="s", Workspace="docs").ask("hi")
+        assert said.status == 409 and "another workspace" in said.raw["error"]["message"]
+    with agency(tmp_path, workspaces={"docs": str(tmp_path / "docs")}) as url:
+        assert Agent(url, Session="s").ask("hi").status == 409      # the operator took it away
+
+
+@pytest.mark.parametrize("busy, timeout, status", [
+    ("reject", 9, 409), ("wait", 9, 200), (None, 9, 200), (None, 0.2, 409)])
+def test_a_session_plays_one_turn_at_a_time(tmp_path, busy, timeout, status):
+    with agency(tmp_path, queue_timeout=timeout) as url, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(Agent(url, Session="s").ask, "/slow a b c d e f g h")
+        assert until(lambda: listing(url, "/status")["processes"]["all"])
+        time.sleep(0.2)
+        more = {"Session_Busy": busy} if busy else {}
+        said = Agent(url, Session="s", **more).ask("second")
+        assert said.status == status, said.raw
+        if status == 409:
+            assert "busy" in said.raw["error"]["message"]
+        assert first.result(9).status == 200
+        assert Agent(url, Session="s").ask("third").headers["X-CC-Conversation"] == "continued"
+
+
+def test_sessions_are_their_callers_and_go_when_they_are_old(tmp_path):
+    store = ccproxy.Store(str(tmp_path), 30, 2**20, 2**20)
+
+    async def work():
+        sessions = ccproxy.Sessions(store, 30)
+        own = tmp_path / "agent-x"
+        own.mkdir()
+        await sessions.keep("a", "s", "", str(own), "uuid")
+        assert await sessions.find("b", "s") is None and not await sessions.list("b")
+        assert not await sessions.delete("b", "s")
+        assert (await sessions.find("a", "s"))["cli"] == "uuid"
+        await store.run(lambda: store._db.execute("UPDATE sessions SET used_at = used_at - 2592001"))
+        assert await sessions.find("a", "s") is None and not own.exists()
+        await store.close()
+    asyncio.run(work())
+
+
+def test_what_the_cli_wrote_of_a_session_goes_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    name, other = str(uuid.uuid4()), str(uuid.uuid4())
+    folder = tmp_path / "projects" / "-x"
+    (folder / name).mkdir(parents=True)
+    for ident in (name, other):
+        (folder / f"{ident}.jsonl").write_text("{}")
+    session = {"id": "s", "workspace": "web", "cwd": str(tmp_path), "cli": name}
+    asyncio.run(ccproxy.forget([session, {**session, "cli": "*"}]))
+    assert sorted(os.listdir(folder)) == [f"{other}.jsonl"] and tmp_path.exists()
+
+
+# -- processes
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux")
+def test_the_family_of_a_process_has_its_orphans(tmp_path):
+    mark = f"{ccproxy.MARK}=test.{random.random()}"
+    name, _, value = mark.partition("=")
+    seconds = str(7000 + random.randrange(100_000))
+    shell = subprocess.Popen(["sh", "-c", f"(setsid sleep {seconds} &); sleep {seconds}; true"],
+                             env={**os.environ, name: value}, start_new_session=True)
+    try:
+        assert until(lambda: len(ccproxy.family(shell.pid, mark)) == 2)
+        assert len(ccproxy.family(shell.pid, "none=1")) == 1
+        assert shell.pid not in ccproxy.family(shell.pid, mark)
+    finally:
+        for pid in (*ccproxy.family(shell.pid, mark), shell.pid):
+            os.kill(pid, signal.SIGKILL)
+        shell.wait()
+
+
+def test_spares_wait_for_each_launch_in_use(tmp_path):
+    with agency(tmp_path, warm=1, max_processes=8) as url:
+        def spares():
+            return listing(url, "/status")["processes"]["spare"]
+        assert until(lambda: spares() == 1)
+        for number, name in enumerate(("web", "docs", "web"), 2):
+            assert Agent(url, Workspace=name).ask("hi").status == 200
+            assert until(lambda: spares() == min(number, 3)), spares()
+
+
+def test_an_agents_process_never_continues_a_chat_or_another_workspace(tmp_path):
+    with agency(tmp_path) as url:
+        agent = Agent(url, Workspace="web")
+        agent.ask("one")
+        for headers, prefix in ((AGENT_KEY, "/chat"), (AGENT_KEY, "/sdk"),
+                                ({**AGENT_KEY, "X-CC-Workspace": "docs"}, "/sdk")):
+            other = Agent(url)
+            other.prefix, other.headers, other.messages = prefix, headers, agent.messages
+            assert other.ask("two").headers["X-CC-Conversation"] == "rebuilt"
+        assert agent.ask("two").headers["X-CC-Conversation"] == "continued"
+
+
 # == The real CLI ==================================================================================
 
 DIALECTS_REAL = ("chat", "messages")
@@ -7907,6 +8853,329 @@ def test_no_child_is_left_when_the_proxy_has_ended(real, tmp_path, number, code)
     finally:
         proxy.kill()
         proxy.communicate()
+
+
+# -- agents
+
+def calls(*wanted):
+    """What makes the fake API call tools:  calls(("Bash", {"command": "ls"}))."""
+    return " ".join(f"CALL:{name} ARGS:{json.dumps(said)}" for name, said in wanted)
+
+
+@contextlib.contextmanager
+def agents(real, tmp_path, **settings):
+    """A proxy whose agents work in tmp_path/web, the workspace `web`."""
+    (tmp_path / "web").mkdir(exist_ok=True)
+    real.api.clear()
+    with real.proxy(**{"state": str(tmp_path / "state"), "api_key": "k", "warm": 0,
+                       "workspaces": {"web": str(tmp_path / "web")}, **settings}) as url:
+        yield url
+
+
+def main_bodies(real):
+    """The Messages requests of agents themselves, not of their subagents."""
+    return [body for body in real.api.bodies if "You are a Claude agent" not in str(body["system"])]
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("dialect, streamed", [
+    ("chat", True), ("messages", False), ("responses", True)])
+def test_an_agent_works_in_its_workspace_and_its_files_are_there_when_it_has_answered(
+        real, tmp_path, dialect, streamed):
+    path = str(tmp_path / "web" / "f.txt")
+    with agents(real, tmp_path, permission_mode="acceptEdits", allowed_tools="Bash(wc:*)") as url:
+        agent = Agent(url, dialect, Workspace="web", Verbosity="narrated")
+        said = agent.ask("SAY " + calls(
+            ("Write", {"file_path": path, "content": "one two"}),
+            ("Edit", {"file_path": path, "old_string": "two", "new_string": "three"}),
+            ("Bash", {"command": "wc -c f.txt", "description": "count"}),
+            ("Read", {"file_path": path})), streamed=streamed)
+        assert said.status == 200, said.raw
+        assert Path(path).read_text() == "one three"
+        assert said.headers["X-CC-Workspace"] == "web"
+        lines = said.text.split("\n\n")
+        assert lines[0] == "Let me look." and "You said: " in said.text
+        assert f"[Write: {path}]" in lines and "[Bash: wc -c f.txt]" in lines
+        assert any(line.startswith("[Bash gave: 9 f.txt") for line in lines)
+        assert said.finish in ("stop", ("end_turn", None))
+        first, second = real.api.bodies
+        system = "\n".join(block["text"] for block in first["system"])
+        assert "Claude Code" in system or "Claude agent" in system
+        assert {"Bash", "Read", "Write", "Edit"} <= {t["name"] for t in first["tools"]}
+        assert not {"AskUserQuestion", "ScheduleWakeup"} & {t["name"] for t in first["tools"]}
+        results = [b for m in second["messages"] for b in blocks_of(m["content"])
+                   if b["type"] == "tool_result"]
+        assert len(results) == 4 and not any(b.get("is_error") for b in results)
+        assert said.usage and agent.ask("and now?").headers["X-CC-Conversation"] == "continued"
+        assert len(real.api.bodies[-1]["messages"]) > len(second["messages"])
+    assert not real.api.refusals
+
+
+@pytest.mark.real_cli
+def test_a_permission_is_asked_of_who_listens(real, tmp_path):
+    path, asked = str(tmp_path / "web" / "f.txt"), []
+
+    def answer(question):
+        asked.append(question)
+        said = question["input"].get("content", "")
+        return {"no": {"behavior": "deny", "message": "not this file"},
+                "edit": {"behavior": "allow", "updatedInput": {**question["input"],
+                                                               "content": "edited"}},
+                }.get(said, {"behavior": "allow", "scope": "conversation"})
+    with agents(real, tmp_path) as url, Listener(url, answer) as listener:
+        agent = Agent(url, Workspace="web")
+        for said, there in (("no", False), ("edit", True)):
+            told = agent.ask(calls(("Write", {"file_path": path, "content": said})))
+            assert told.status == 200 and os.path.exists(path) == there, told
+            if not there:
+                assert "not this file" in told.text
+        assert Path(path).read_text() == "edited"
+        for said in ("one", "two"):
+            agent.ask(calls(("Write", {"file_path": path, "content": said})))
+            assert Path(path).read_text() == said
+        assert [q["input"]["content"] for q in asked] == ["no", "edit", "one"]
+        assert all(q["tool_name"] == "Write" and q["workspace"] == "web" for q in asked)
+        assert asked[0]["request_id"].startswith("req_")
+        assert [event for event, _ in listener.events] == ["request", "resolved"] * 3
+
+
+@pytest.mark.real_cli
+def test_nobody_there_means_no_with_words_that_help(real, tmp_path):
+    path = str(tmp_path / "web" / "f.txt")
+    with agents(real, tmp_path) as url:
+        said = Agent(url, Workspace="web").ask(calls(("Write", {"file_path": path,
+                                                                "content": "x"})))
+        assert said.status == 200 and not os.path.exists(path)
+        assert "ccproxy.py approve" in said.text
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("first", ["Write", "look up"])
+@pytest.mark.parametrize("verbosity", ["text", "verbose"])
+def test_a_tool_of_the_clients_and_one_of_the_agents_in_one_message(
+        real, tmp_path, first, verbosity):
+    path = tmp_path / "web" / "f.txt"
+    own = ("Write", {"file_path": str(path), "content": "x"})
+    name = ccproxy.wire_name("look up", ccproxy.PREFIX)
+    wanted = (own, (name, {"q": 1})) if first == "Write" else ((name, {"q": 1}), own)
+    with agents(real, tmp_path, permission_mode="acceptEdits") as url:
+        agent = Agent(url, "messages", {"tools": [{
+            "name": "look up", "description": "Looks it up.", "input_schema": {
+                "type": "object", "properties": {"q": {"type": "integer"}}}}]},
+            Workspace="web", Verbosity=verbosity)
+        said = agent.ask("SAY " + calls(*wanted), streamed=first == "Write")
+        assert said.finish[0] == "tool_use" and [c[1:] for c in said.calls] == [
+            ("look up", {"q": 1})]
+        assert path.exists() == (first == "Write")
+        [listed] = [t for t in real.api.bodies[0]["tools"] if t["name"] == name]
+        assert listed["description"] == "Looks it up."
+        assert listed["input_schema"]["properties"] == {"q": {"type": "integer"}}
+        told = agent.ask(*agent.results((said.calls[0][0], "found it")))
+        assert told.headers["X-CC-Conversation"] == "continued", told.raw
+        assert told.status == 200, told.raw
+        assert "found it" in told.text and path.exists()
+        results = [b for b in blocks_of(real.api.bodies[-1]["messages"][-1]["content"])
+                   if b["type"] == "tool_result"]
+        assert len(results) == 2 and len(real.api.bodies) == 2
+        types = [[b["type"] for b in m["content"]] for m in agent.messages
+                 if m["role"] == "assistant"]
+        assert ("mcp_tool_use" in types[0]) == (verbosity == "verbose")
+        assert sum(kinds.count("mcp_tool_result") for kinds in types) == (verbosity == "verbose")
+        assert agent.ask("next").headers["X-CC-Conversation"] == "continued"
+
+
+@pytest.mark.real_cli
+def test_an_agent_that_is_gone_is_rebuilt_from_the_visible_turns(real, tmp_path):
+    with agents(real, tmp_path, permission_mode="acceptEdits") as url:
+        agent = Agent(url, "messages", {"system": "Speak German."}, Workspace="web",
+                      Verbosity="verbose")
+        agent.ask(calls(("Read", {"file_path": str(tmp_path / "none")})))
+        for pid in children() - {os.getpid()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        assert wait_until(lambda: post(url, "/status", None, AGENT_KEY, "GET")[2]["processes"]["all"] == 0,
+                          5)
+        said = agent.ask("second")
+        assert (said.status, said.headers["X-CC-Conversation"]) == (200, "rebuilt"), said.raw
+        roles = heard(real.api.bodies[-1])
+        assert [role for role, _ in roles] == ["user", "assistant", "user"]
+        texts = [b["text"] for b in roles[1][1]]
+        assert texts[0].startswith("[Read: ") and texts[1].startswith("[it failed: ")
+        assert real.api.bodies[-1]["system"][-1]["text"].endswith("Speak German.")
+    assert not real.api.refusals
+
+
+@pytest.mark.real_cli
+def test_a_users_text_is_no_command_of_an_agents(real, tmp_path):
+    (tmp_path / "web" ).mkdir()
+    (tmp_path / "web" / "secret.txt").write_text("heron")
+    with agents(real, tmp_path) as url:
+        for text in ("see @secret.txt ok", f"see @{tmp_path}/web/secret.txt ok", "/compact",
+                     "/init now", "!ls", "# note"):
+            said = Agent(url, Workspace="web").ask(text)
+            assert said.status == 200
+            sent = "".join(b["text"] for b in heard(real.api.bodies[-1])[-1][1])
+            assert sent.strip() == text
+    assert "heron" not in json.dumps(real.api.bodies)
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("dialect, finish", [("chat", "length"), ("responses", "length"),
+                                             ("messages", ("pause_turn", None))])
+def test_a_turn_that_reaches_max_turns_says_so(real, tmp_path, dialect, finish):
+    with agents(real, tmp_path, max_turns=1) as url:
+        said = Agent(url, dialect, Workspace="web").ask(
+            "SAY " + calls(("Read", {"file_path": str(tmp_path / "none")})))
+        assert (said.status, said.finish, said.text) == (200, finish, "Let me look.")
+
+
+@pytest.mark.real_cli
+def test_an_answer_that_is_refused_or_too_long_says_so_in_an_agent_too(real, tmp_path):
+    with agents(real, tmp_path) as url:
+        for word, finish in (("REFUSE", "content_filter"), ("MAXTOK", "length")):
+            assert Agent(url, "chat").ask(word).finish == finish
+
+
+@pytest.mark.real_cli
+def test_subagents_are_kept_out(real, tmp_path):
+    with agents(real, tmp_path, permission_mode="bypassPermissions", i_am_sandboxed=True) as url:
+        said = Agent(url, "messages", Workspace="web", Verbosity="narrated").ask(calls(
+            ("Task", {"description": "a task", "prompt": "LONG:9 of the subagent",
+                      "subagent_type": "general-purpose"})))
+        assert said.status == 200 and len(real.api.bodies) == 3
+        assert said.text.split("\n\n")[0] == "[Task: a task]"
+        assert said.text.count("w0 w1 w2") < 3      # in the line, if it is not cut, and the echo
+
+
+@pytest.mark.real_cli
+def test_a_schema_is_answered_by_an_agent(real, tmp_path):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    with agents(real, tmp_path) as url:
+        said = Agent(url, "chat", {"response_format": {"type": "json_schema", "json_schema": {
+            "name": "n", "schema": schema}}}, Workspace="web", Verbosity="verbose").ask(
+            'JSON:{"a": 1}')
+        assert (said.status, said.text, said.finish) == (200, '{"a": 1}', "stop"), said.raw
+
+
+@pytest.mark.real_cli
+def test_a_session_is_resumed_after_kill_9_of_the_proxy(real, tmp_path):
+    (tmp_path / "web").mkdir()
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({
+        "workspaces": {"web": str(tmp_path / "web")}, "model": MODEL, "warm": 0,
+        "permission_mode": "acceptEdits", "retries": 0}))
+    for number, pause in enumerate((1, 0)):
+        real.api.clear()
+        with command(tmp_path, "--config", str(config), claude=real.claude,
+                     CCPROXY_API_KEY="k", **cli_environment()) as proxy:
+            agent = Agent(proxy.url, Workspace="web", Session="mine")
+            said = agent.ask(f"question {number}")
+            assert said.status == 200, said.raw
+            assert said.headers["X-CC-Conversation"] == ("resumed" if number else "new")
+            assert said.headers["X-CC-Session"] == "mine"
+            if number:
+                texts = [b["text"] for _, blocks in heard(real.api.bodies[-1]) for b in blocks]
+                assert texts == ["question 0", "You said: question 0", "question 1"]
+            time.sleep(pause)
+            started = children(proxy.process.pid)
+            proxy.process.kill()
+            assert wait_until(lambda: not started & set(processes()), 5)
+
+
+def cli_environment():
+    return {name: os.environ[name] for name in ("HOME", "USERPROFILE", "ANTHROPIC_BASE_URL",
+                                                "ANTHROPIC_API_KEY")}
+
+
+@pytest.mark.real_cli
+def test_a_session_needs_only_what_is_new_and_is_one_callers(real, tmp_path):
+    with agents(real, tmp_path, warm=1) as url:
+        for number, kind in enumerate(("new", "continued")):
+            said = Agent(url, Workspace="web", Session="s").ask(f"q{number}")
+            assert said.headers["X-CC-Conversation"] == kind
+        assert [role for role, _ in heard(real.api.bodies[-1])] == ["user", "assistant", "user"]
+        [listed] = post(url, "/sessions", None, AGENT_KEY, "GET")[2]["data"]
+        assert (listed["id"], listed["workspace"]) == ("s", "web")
+        assert str(tmp_path) not in json.dumps(listed)
+        assert post(url, "/sessions/s", None, AGENT_KEY, "DELETE")[2]["deleted"] is True
+        assert post(url, "/sessions/s", None, AGENT_KEY, "DELETE")[0] == 404
+        assert Agent(url, Session="s").ask("q2").headers["X-CC-Conversation"] == "new"
+        left = glob.glob(os.path.join(os.environ["HOME"], ".claude", "projects", "*", "*.jsonl"))
+        assert not any("q0" in Path(path).read_text() for path in left)
+
+
+def sleeping(word):
+    ps = subprocess.run(["ps", "-A", "-o", "args="], stdout=subprocess.PIPE, text=True).stdout
+    return [line for line in ps.splitlines() if line.startswith(f"sleep {word}")]
+
+
+@pytest.mark.real_cli
+@pytest.mark.parametrize("how", ["client", "delete", "sigterm", "sigkill"])
+def test_a_cancelled_agent_leaves_no_process(real, tmp_path, how):
+    (tmp_path / "web").mkdir()
+    seconds = str(7000 + random.randrange(100_000))
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"workspaces": {"web": str(tmp_path / "web")}, "model": MODEL,
+                                  "warm": 0, "allowed_tools": ["Bash"], "drain_timeout": 0.2}))
+    with command(tmp_path, "--config", str(config), claude=real.claude, CCPROXY_API_KEY="k",
+                 **cli_environment()) as proxy:
+        words = calls(("Bash", {"command": f"(sleep {seconds} &) ; sleep {seconds}",
+                                "description": "x"}))
+        body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": words}]}
+        connection, response = connect(proxy.url, "/sdk/v1/chat/completions", body,
+                                       {**AGENT_KEY, "X-CC-Workspace": "web", "X-Request-Id": "mine"})
+        assert wait_until(lambda: len(sleeping(seconds)) == 2, 15)
+        before = children(proxy.process.pid)
+        if how == "client":
+            connection.close()
+            response.close()
+        elif how == "delete":
+            assert post(proxy.url, "/v1/requests/mine", None, AGENT_KEY, "DELETE")[0] == 200
+        elif how == "sigterm":
+            proxy.process.terminate()
+        else:
+            proxy.process.kill()
+        assert wait_until(lambda: not sleeping(seconds), 2), how
+        assert wait_until(lambda: not before & set(processes()), 3)
+        connection.close()
+
+
+@pytest.mark.real_cli
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
+def test_approve_in_a_terminal_answers_for_a_real_agent(real, tmp_path):
+    path = tmp_path / "web" / "f.txt"
+    with agents(real, tmp_path) as url, terminal(tmp_path, url) as (read, write):
+        read("listening at")
+        agent = Agent(url, Workspace="web")
+        with ThreadPoolExecutor(1) as pool:
+            for word, there in (("n not now", False), ("y", True)):
+                asked = pool.submit(agent.ask, calls(("Write", {"file_path": str(path),
+                                                                "content": "good\x1b[2J"})))
+                shown = read("conversation? ")
+                assert "Write in web" in shown and "+good" in shown and "\x1b[2J" not in shown
+                write(word + "\n")
+                said = asked.result(20)
+                assert said.status == 200 and path.exists() == there
+                assert there or "not now" in said.text
+
+
+@pytest.mark.real_cli
+def test_a_cli_elsewhere_asks_by_mcp(real, tmp_path):
+    (tmp_path / "web").mkdir()
+    path = tmp_path / "web" / "f.txt"
+    with agents(real, tmp_path) as url:
+        server = {"mcpServers": {"ccproxy": {"type": "http", "url": url + "/mcp/permission/check",
+                                             "headers": AGENT_KEY}}}
+        with Listener(url, lambda question: {"behavior": "allow"}) as listener:
+            told = subprocess.run(
+                [real.claude, "-p", calls(("Write", {"file_path": str(path), "content": "x"})),
+                 "--model", MODEL, "--mcp-config", json.dumps(server), "--permission-prompt-tool",
+                 "mcp__ccproxy__check"], cwd=str(tmp_path / "web"), stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, timeout=60, env=environment(
+                    tmp_path, **cli_environment()))
+            assert path.exists(), told
+            assert [q["tool_name"] for event, q in listener.events if event == "request"] == [
+                "Write"]
 
 
 # -- the CLI as a client of /api
