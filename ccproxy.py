@@ -3144,6 +3144,7 @@ class Conversations:
         last, as far as all of their spares fit into half of the places."""
         self._wanted.pop(turn.launch, None)
         self._wanted[turn.launch] = turn
+        self._changed.set()
         most = max(1, self.settings.max_processes // max(1, 2 * self.settings.warm))
         for launch in list(self._wanted)[:-min(most, LAUNCHES)]:
             del self._wanted[launch]
@@ -5840,6 +5841,7 @@ class Approver:
     def __init__(self, url: str, key: str) -> None:
         self.url, self.key, self.queue = url.rstrip("/"), key, queue.Queue()
         self.open: dict[str, dict] = {}         # questions without an answer, in order
+        self.away = False                       # it was said that the proxy is
 
     def request(self, path: str, body: dict | None = None) -> Any:
         import urllib.request
@@ -5862,8 +5864,10 @@ class Approver:
                         if name == "data":
                             self.queue.put((event, json.loads(value)))
             except urllib.error.HTTPError as exc:
-                self.queue.put(("refused", told_error(exc)))
-                return
+                final = exc.code in (401, 403, 404)
+                self.queue.put(("refused" if final else "offline", told_error(exc)))
+                if final:
+                    return
             except (OSError, ValueError, EOFError) as exc:
                 self.queue.put(("offline", str(exc)))
             time.sleep(2)
@@ -5877,22 +5881,24 @@ class Approver:
         """Until the input ends, or the proxy refuses; the exit code."""
         for work in (self.listen, self.read):
             threading.Thread(target=work, daemon=True).start()
-        online = False
-        while True:
+        online, ended, tried = False, False, False
+        while not (ended and tried):
             kind, value = self.queue.get()
             first = next(iter(self.open), "")
+            tried = tried or kind in ("online", "offline", "refused")
             if kind == "online":
                 online = True
                 print(f"listening at {self.url}", flush=True)
-            elif kind == "offline" and online:
-                online, first = False, ""
-                self.open.clear()
-                print(f"the proxy is away ({value}); trying again", flush=True)
             elif kind == "offline":
-                online = online or bool(say(f"cannot reach {self.url}: {value}"))
-            elif kind == "refused" or value is None:
-                say(f"ccproxy: {value}" if value else "")
-                return 1 if value else 0
+                if online or not self.away:
+                    say(f"cannot reach {self.url}: {value}; trying again")
+                online, self.away, first = False, True, ""
+                self.open.clear()
+            elif kind == "refused":
+                say(f"ccproxy: {value}")
+                return 1
+            elif value is None:
+                ended = True
             elif kind == "line" and first:
                 self.answer(first, value)
             elif kind == "request":
@@ -5902,6 +5908,7 @@ class Approver:
             now = next(iter(self.open), "")
             if now and now != first:
                 self.show(now)
+        return 0 if online else 1
 
     def show(self, name: str) -> None:
         print(f"\n{shown_question(self.open[name])}\n[y]es, [n]o (or n and why), [a]lways in this "
