@@ -280,37 +280,6 @@ def mapping(value: Any) -> dict[str, Any]:
             for name, target in pairs}
 
 
-def aliases(value: Any) -> dict[str, dict[str, str]]:
-    """"fast=haiku" -> {"fast": {"model": "haiku"}}; in a file a table of ALIAS fields each."""
-    found = {}
-    for name, target in mapping(value).items():
-        found[name] = {} if isinstance(target, dict) else {"model": target}
-        for key, said in target.items() if isinstance(target, dict) else ():
-            if key not in ALIAS:
-                raise ValueError(f"{name}.{key}: expected one of {', '.join(ALIAS)}")
-            try:
-                found[name][key] = ALIAS[key](said)
-            except (ValueError, TypeError) as exc:
-                raise ValueError(f"{name}.{key}: {exc}") from None
-    return found
-
-
-def folder(value: Any) -> str:
-    """A directory's absolute path; "" stays that.  ValueError if there is none."""
-    path = os.path.abspath(os.path.expanduser(string(value))) if value else ""
-    if path and not os.path.isdir(path):
-        raise ValueError(f"{path} is no directory")
-    return path
-
-
-def folders(value: Any) -> dict[str, str]:
-    """"web=/srv/web,..." -> {"web": "/srv/web"}."""
-    named = {name: folder(path) for name, path in mapping(value).items()}
-    if not all(re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII) for name in named):
-        raise ValueError("expected names of letters, digits, '.', '_' and '-'")
-    return named
-
-
 def rules(value: Any) -> list[str]:
     """"Read, Bash(git log:*), ..." -> its rules; a comma inside of parentheses ends none."""
     return [str(item) for item in value] if isinstance(value, list) else [
@@ -377,6 +346,38 @@ ALIAS: dict[str, Callable[[Any], Any]] = {      # field of [models.NAME] -> chec
     "model": string, "workspace": string, "effort": one_of(*EFFORTS), "system": string,
     "permission_mode": one_of(*MODES), "verbosity": one_of(*VERBOSITIES),
     "backend": one_of(*BACKENDS)}
+
+
+def aliases(value: Any) -> dict[str, dict[str, str]]:
+    """"fast=haiku" -> {"fast": {"model": "haiku"}}; in a file a table of ALIAS fields each."""
+    found = {}
+    for name, target in mapping(value).items():
+        found[name] = {} if isinstance(target, dict) else {"model": target}
+        for key, said in target.items() if isinstance(target, dict) else ():
+            if key not in ALIAS:
+                raise ValueError(f"{name}.{key}: expected one of {', '.join(ALIAS)}")
+            try:
+                found[name][key] = ALIAS[key](said)
+            except (ValueError, TypeError) as exc:
+                raise ValueError(f"{name}.{key}: {exc}") from None
+    return found
+
+
+def folder(value: Any) -> str:
+    """A directory's absolute path; "" stays that.  ValueError if there is none."""
+    path = os.path.abspath(os.path.expanduser(string(value))) if value else ""
+    if path and not os.path.isdir(path):
+        raise ValueError(f"{path} is no directory")
+    return path
+
+
+def folders(value: Any) -> dict[str, str]:
+    """"web=/srv/web,..." -> {"web": "/srv/web"}."""
+    named = {name: folder(path) for name, path in mapping(value).items()}
+    if not all(re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII) for name in named):
+        raise ValueError("expected names of letters, digits, '.', '_' and '-'")
+    return named
+
 
 OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> default, check, help
     "host": ("127.0.0.1", string, "address to listen on; others than loopback need a key"),
@@ -1844,6 +1845,13 @@ def assistant_line(message: dict, uid: str, model: str, prefix: str = "") -> dic
                         "usage": {"input_tokens": 0, "output_tokens": 0}}}
 
 
+def listed_schema(schema: dict) -> dict:
+    """A tool's schema as an MCP list may hold it; without the parts that would lose the list."""
+    kinds = {"properties": dict, "required": list, "$defs": dict, "definitions": dict}
+    return {"type": "object", **{word: value for word, value in schema.items() if word != "type"
+                                 and isinstance(value, kinds.get(word, object))}}
+
+
 def mcp_answer(message: dict, tools: list[dict], result: dict | None = None, whole: bool = False
                ) -> dict:
     """JSON-RPC answer to an MCP message; `result` is the client's tool_result for tools/call.
@@ -1866,13 +1874,6 @@ def mcp_answer(message: dict, tools: list[dict], result: dict | None = None, who
             **({"description": tool.get("description", ""), "inputSchema": listed_schema(
                 tool.get("input_schema", {}))} if whole else {})} for tool in tools]}
     return {"mcp_response": {"jsonrpc": "2.0", "id": message.get("id", 0), "result": answer}}
-
-
-def listed_schema(schema: dict) -> dict:
-    """A tool's schema as an MCP list may hold it; without the parts that would lose the list."""
-    kinds = {"properties": dict, "required": list, "$defs": dict, "definitions": dict}
-    return {"type": "object", **{word: value for word, value in schema.items() if word != "type"
-                                 and isinstance(value, kinds.get(word, object))}}
 
 
 def fits_mcp(block: dict) -> bool:
@@ -3385,6 +3386,32 @@ NEWS_LIMIT = 1000           # events that a listener may lie behind
 ENDINGS = {"allow": "allowed", "deny": "denied", "expire": "expired", "cancel": "cancelled"}
 
 
+def fenced(text: str, language: str = "") -> str:
+    """A text in a Markdown fence that it cannot end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def markdown(block: dict, name: str) -> str:
+    if block["type"] == OWN_CALL:
+        return f"**{block['name']}**\n\n" + fenced(json.dumps(block["input"], indent=2), "json")
+    return ("failed:\n\n" if block["is_error"] else "") + fenced(result_text(block))
+
+
+def tagged(block: dict, name: str) -> str:
+    from xml.sax.saxutils import escape, quoteattr
+    if block["type"] == OWN_CALL:
+        return (f"<tool_use id={quoteattr(block['id'])} name={quoteattr(block['name'])}>"
+                f"{escape(json.dumps(block['input']))}</tool_use>")
+    failed = ' is_error="true"' * block["is_error"]
+    return (f"<tool_result tool_use_id={quoteattr(block['tool_use_id'])}{failed}>"
+            f"{escape(result_text(block))}</tool_result>")
+
+
+WORDS: dict[str, Callable[[dict, str], str]] = {    # verbosity -> a block of a tool as text
+    "text": lambda block, name: "", "narrated": narration, "verbose": markdown, "formatted": tagged}
+
+
 class Rendering:
     """An agent's events as its caller wants to see what Claude Code ran by itself:
 
@@ -3448,32 +3475,6 @@ class Rendering:
                     "type": "text_delta", "text": text}}, {"type": "content_block_stop", **at}]
         self._apart = True
         return told
-
-
-def fenced(text: str, language: str = "") -> str:
-    """A text in a Markdown fence that it cannot end."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def markdown(block: dict, name: str) -> str:
-    if block["type"] == OWN_CALL:
-        return f"**{block['name']}**\n\n" + fenced(json.dumps(block["input"], indent=2), "json")
-    return ("failed:\n\n" if block["is_error"] else "") + fenced(result_text(block))
-
-
-def tagged(block: dict, name: str) -> str:
-    from xml.sax.saxutils import escape, quoteattr
-    if block["type"] == OWN_CALL:
-        return (f"<tool_use id={quoteattr(block['id'])} name={quoteattr(block['name'])}>"
-                f"{escape(json.dumps(block['input']))}</tool_use>")
-    failed = ' is_error="true"' * block["is_error"]
-    return (f"<tool_result tool_use_id={quoteattr(block['tool_use_id'])}{failed}>"
-            f"{escape(result_text(block))}</tool_result>")
-
-
-WORDS: dict[str, Callable[[dict, str], str]] = {    # verbosity -> a block of a tool as text
-    "text": lambda block, name: "", "narrated": narration, "verbose": markdown, "formatted": tagged}
 
 
 def chosen_workspace(messages: tuple[dict, ...], names: Iterable[str]
@@ -5373,17 +5374,18 @@ class App:
             bursts = self._bursts(call)
             try:
                 async for events in bursts:
-                    if call.cancelled:      # until 3.11 wait_for may swallow a cancellation
-                        raise asyncio.CancelledError
-                    if call.rendering:
-                        events = call.rendering.events(events)
-                    if events and events[-1]["type"] == "message_stop":
-                        await self._keep(call)
-                    if events:
-                        await call.give(events)
+                    await self._give(call, events)
             finally:
                 await bursts.aclose()
 
+    async def _give(self, call: Call, events: list[dict]) -> None:
+        if call.cancelled:                  # until 3.11 wait_for may swallow a cancellation
+            raise asyncio.CancelledError
+        events = call.rendering.events(events) if call.rendering else events
+        if events and events[-1]["type"] == "message_stop":
+            await self._keep(call)
+        if events:
+            await call.give(events)
     def _bursts(self, call: Call) -> AsyncIterator[list[dict]]:
         """The events of a call's answer, from who has to give it."""
         turn = call.turn, call.message, call.receipt

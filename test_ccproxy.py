@@ -5548,13 +5548,47 @@ def test_every_block_of_code_in_readme_is_run_by_a_test():
     assert len(EXAMPLES) == README.count("```") // 2 >= 3
 
 
-@pytest.mark.parametrize("code", [code for kind, code in EXAMPLES if kind == "sh"])
-def test_the_curl_lines_of_readme_are_answered(url, code):
+def curled(url, code):
+    """The answer to a line with curl; its text."""
     words = shlex.split(code.replace("\\\n", " "))
-    assert words[0] == "curl" and words[2:6:2] == ["-H", "-d"]
-    path = words[1].partition("8082")[2]
-    (answer,) = answers(talk(url, request("POST " + path, words[3], body=words[5].encode())))
-    assert answer.status == 200 and b"Hello" in answer.body
+    assert words[0] == "curl" and set(words[2::2]) == {"-H", "-d"}
+    fields = [value for flag, value in zip(words[2::2], words[3::2]) if flag == "-H"]
+    path, body = words[1].partition("8082")[2], words[words.index("-d") + 1]
+    (answer,) = answers(talk(url, request("POST " + path, *fields, body=body.encode())))
+    said = json.loads(body)
+    return answer, said.get("input") or said["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("code", [code for kind, code in EXAMPLES
+                                  if kind == "sh" and "/sdk" not in code])
+def test_the_curl_lines_of_readme_are_answered(url, code):
+    answer, said = curled(url, code)
+    assert answer.status == 200 and said == "Hello" and b"Hello" in answer.body
+
+
+def test_the_example_of_agents_in_readme_works(tmp_path):
+    for name in ("shop", "docs"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+    [config] = [code for kind, code in EXAMPLES if kind == "json"]
+    [code] = [code for kind, code in EXAMPLES if kind == "sh" and "/sdk" in code]
+    (tmp_path / "ccproxy.json").write_text(config)
+    key = re.search(r"CCPROXY_API_KEY=(\w+) python ccproxy.py\n", README).group(1)
+    assert f"CCPROXY_API_KEY={key} python ccproxy.py approve\n" in README
+    with command(tmp_path, CCPROXY_API_KEY=key) as proxy:
+        answer, said = curled(proxy.url, code)
+        assert (answer.status, answer.text) == (200, said)
+        assert answer.headers["x-cc-workspace"] == "shop"
+        answer = ask(proxy.url, "POST /v1/chat/completions", f"x-api-key: {key}",
+                     body=question("/run ls", model="shop"))
+        assert answer.headers["x-cc-workspace"] == "shop" and "[Bash: ls]" in answer.text
+        if os.name == "posix":
+            with terminal(tmp_path, proxy.url, key) as (read, write), ThreadPoolExecutor(1) as pool:
+                read("listening at")
+                asked = pool.submit(ask, proxy.url, "POST /v1/chat/completions",
+                                    f"x-api-key: {key}", body=question("/run ls", model="shop"))
+                assert "Bash in shop" in read("? ")
+                write("y\n")
+                assert "ran: ls" in asked.result(9).text
 
 
 @pytest.mark.parametrize("code", [code for kind, code in EXAMPLES if kind == "python"])
@@ -5576,11 +5610,11 @@ def test_the_codex_settings_of_readme_lead_to_the_responses_route(url, code):
 
 def test_readme_names_no_option_route_or_default_that_is_not_there():
     flags = set(re.findall(r"--([a-z][a-z-]+)", README)) - {
-        "openai-api-base", "openai-api-key", "help"}
+        "openai-api-base", "openai-api-key", "help", "permission-prompt-tool", "any"}
     assert flags and flags <= {name.replace("_", "-") for name in ccproxy.OPTIONS}
     for path in re.findall(r"`(/[a-z]+)`", README):
-        assert path in ccproxy.ROUTES or path[1:] in (*ccproxy.PREFIXES, "compact")
-    for name, default in re.findall(r"--([a-z-]+)`? \((\d+)(?: s)?\)", README):
+        assert path in ccproxy.ROUTES or path[1:] in (*ccproxy.PREFIXES, "compact", "command")
+    for name, default in re.findall(r"--([a-z-]+)`? \((\d+)(?: s| days)?\)", README):
         assert ccproxy.OPTIONS[name.replace("-", "_")][0] == float(default)
 
 
