@@ -2555,7 +2555,7 @@ class Claude:
         self.launch, self._permit, self._mark = launch, permit, mark
         self.home = ""                          # a directory that goes with it
         self.receipt: Receipt | None = None     # of the turn that it plays
-        self._kin: set[int] = set()             # what it had started when it was closed
+
         self._permits: dict[str, asyncio.Task] = {}     # request id -> the question about a tool
         self.born = self.last_used = loop.time()
         self.model = ""                         # that it was started with
@@ -2802,12 +2802,7 @@ class Claude:
     # -- its death
 
     def signal(self, number: int) -> None:
-        """Signal the whole group, and to kill an agent all that it has started."""
-        if self.launch.agent and number == SIGKILL and self.process.pid:
-            self._kin |= family(self.process.pid, self._mark)
-            for pid in self._kin:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, SIGKILL)
+        """Signal the whole group: tools of the CLI may have children."""
         with contextlib.suppress(OSError):
             if POSIX:
                 os.killpg(self.process.pid, number)
@@ -2816,11 +2811,13 @@ class Claude:
                                capture_output=True, check=False)
 
     async def close(self) -> None:
-        """End it for sure, within 1.5 s: interrupt, end of input, SIGTERM, SIGKILL."""
+        """End it for sure, within 1.5 s: interrupt, end of input, SIGTERM, SIGKILL; and all that an
+        agent has started."""
         for asking in self._permits.values():
             asking.cancel()
-        if self.launch.agent:               # while they still have their parent
-            self._kin = family(self.process.pid, self._mark)
+        look = functools.partial(asyncio.get_running_loop().run_in_executor, None, family,
+                                 self.process.pid, self._mark)
+        kin = await look() if self.launch.agent else set()      # while they have their parent
         if self._inbox is not None:
             self.send(self.control({"subtype": "interrupt"}))
         with contextlib.suppress(OSError, RuntimeError):
@@ -2832,6 +2829,9 @@ class Claude:
                 if self.process.returncode is None:
                     await asyncio.sleep(0.02)
         self.signal(SIGKILL)                # what it may have left behind
+        for pid in kin | (await look() if self.launch.agent else set()):
+            with contextlib.suppress(OSError):
+                os.kill(pid, SIGKILL)
         self._fail(Died("claude was closed"))
         with contextlib.suppress(OSError, RuntimeError, asyncio.TimeoutError):
             await asyncio.wait_for(self.process.stdin.wait_closed(), 0.1)   # its error is looked at
@@ -3115,7 +3115,8 @@ class Conversations:
     async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
         stall_s, last, profile = self.settings.stall_timeout, turn.messages[-1], profile_digest(turn)
-        claude = self._live(session_key(turn, receipt.caller) or chain[-2], last, profile)
+        claude = self._live(session_key(turn, receipt.caller) or chain[-2], last, profile,
+                            turn.launch.permission_mode)
         resume = turn.launch.resume if turn.launch.resume not in self._lost and not any(
             block["type"] == "tool_result" for block in last["content"]) else ""
         receipt.conversation = "continued" if claude else "resumed" if resume else (
@@ -3161,16 +3162,19 @@ class Conversations:
         return claude.profile in (profile, None) and claude.launch == launch and (
             claude.model == model or not loud)
 
-    def _live(self, key: bytes, last: dict, profile: bytes) -> Claude | None:
+    def _live(self, key: bytes, last: dict, profile: bytes, mode: str) -> Claude | None:
         """The live process at this point of the conversation, if the last message suits it."""
         claude = self.idle.get(key)
-        if claude is None or not claude.alive or claude.profile != profile or (claude.awaited and (
-                claude.awaited != {b.get("tool_use_id") for b in last["content"]}
-                or not all(map(fits_mcp, last["content"])))):
-            if claude is not None and claude.launch.kept:
-                self._close(claude)         # a session has one process
+        if claude is None:
             return None
-        return self.idle.pop(key)
+        same = (claude.profile, claude.launch.permission_mode) == (profile, mode)
+        if claude.alive and same and (not claude.awaited or (
+                claude.awaited == {b.get("tool_use_id") for b in last["content"]}
+                and all(map(fits_mcp, last["content"])))):
+            return self.idle.pop(key)
+        if claude.launch.kept:              # a session has one process
+            self._close(claude)
+        return None
 
     def _rest(self, claude: Claude, turn: Turn, chain: list[bytes], message: Message) -> bool:
         """Keep the process for the conversation's next turn."""
@@ -3282,7 +3286,7 @@ class Conversations:
         if claude not in self.fleet:
             return
         waits = claude in self.spares or claude in self.idle.values()
-        if waits and not claude.launch.kept:
+        if waits and not claude.launch.agent:
             claude.signal(SIGKILL)          # it does nothing, and its place is wanted
         self.fleet.discard(claude)
         self.spares = [spare for spare in self.spares if spare is not claude]
@@ -3668,10 +3672,8 @@ class Sessions:
             return
         key = caller, name
         lock = self._busy.setdefault(key, asyncio.Lock())
-        try:
-            if lock.locked() and not wait_s:
-                raise asyncio.TimeoutError
-            await asyncio.wait_for(lock.acquire(), wait_s or 1)
+        try:                                # the turn before may be about to end
+            await asyncio.wait_for(lock.acquire(), wait_s or 0.1)
         except asyncio.TimeoutError:
             raise ApiError("conflict", f"session {name!r} is busy with another turn", "session_id",
                            retry_after=1) from None
@@ -5397,17 +5399,16 @@ class App:
     async def _keep(self, call: Call) -> None:
         """Store a response, and where its session is, before its end is told: either may be
         continued at once."""
-        turn, receipt = call.turn, call.receipt
-        if receipt.session:
-            await self.sessions.keep(receipt.caller, turn.session, turn.launch.workspace,
-                                     receipt.home or turn.launch.cwd, receipt.session)
-        items = call.turn.wants.get("items")
-        if items is not None:
-            response = call.dialect.body(call.message)
-            try:
-                await self.store.run(self.store.keep, response, items, call.receipt.caller)
-            except ApiError as error:       # the answer is good without it
-                say(f"{call.name}: {error.message}")
+        turn, receipt, items = call.turn, call.receipt, call.turn.wants.get("items")
+        try:
+            if receipt.session:
+                await self.sessions.keep(receipt.caller, turn.session, turn.launch.workspace,
+                                         receipt.home or turn.launch.cwd, receipt.session)
+            if items is not None:
+                response = call.dialect.body(call.message)
+                await self.store.run(self.store.keep, response, items, receipt.caller)
+        except ApiError as error:           # the answer is good without it
+            say(f"{call.name}: {error.message}")
 
     async def _beat(self, call: Call) -> None:
         """A heartbeat whenever a stream has been silent for long, also before its first event."""

@@ -7779,6 +7779,18 @@ def test_a_session_belongs_to_its_workspace(tmp_path):
         assert Agent(url, Session="s").ask("hi").status == 409      # the operator took it away
 
 
+def test_a_session_never_goes_on_with_another_permission_mode_or_prompt(tmp_path):
+    models = {"free": {"model": "echo", "permission_mode": "bypassPermissions"}, "asked": "echo"}
+    with agency(tmp_path, models=models, i_am_sandboxed=True) as url:
+        told = []
+        for model, system in (("free", "S"), ("free", "S"), ("asked", "S"), ("asked", "T")):
+            agent = Agent(url, "messages", {"model": model, "system": system}, Session="s")
+            said = agent.ask("/run ls")
+            told.append((said.headers["X-CC-Conversation"], "ran: ls" in said.text))
+        assert told == [("new", True), ("continued", True), ("resumed", False), ("resumed", False)]
+        assert until(lambda: listing(url, "/status")["processes"]["all"] == 1)
+
+
 @pytest.mark.parametrize("busy, timeout, status", [
     ("reject", 9, 409), ("wait", 9, 200), (None, 9, 200), (None, 0.2, 409)])
 def test_a_session_plays_one_turn_at_a_time(tmp_path, busy, timeout, status):
@@ -9211,6 +9223,63 @@ def test_a_cli_elsewhere_asks_by_mcp(real, tmp_path):
             assert path.exists(), told
             assert [q["tool_name"] for event, q in listener.events if event == "request"] == [
                 "Write"]
+
+
+MCP_SERVER = '''
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    method, answer = message.get("method"), {}
+    if "id" not in message:
+        continue
+    if method == "initialize":
+        answer = {"protocolVersion": message["params"]["protocolVersion"],
+                  "capabilities": {"tools": {}}, "serverInfo": {"name": "x", "version": "1"}}
+    elif method == "tools/list":
+        answer = {"tools": [{"name": "ping", "inputSchema": {"type": "object"}}]}
+    elif method == "tools/call":
+        answer = {"content": [{"type": "text", "text": "pong"}]}
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": answer}), flush=True)
+'''
+
+
+@pytest.mark.real_cli
+def test_what_the_operator_says_at_the_start_reaches_claude_code(real, tmp_path):
+    (tmp_path / "server.py").write_text(MCP_SERVER)
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"x": {
+        "command": sys.executable, "args": [str(tmp_path / "server.py")]}}}))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "f.txt").write_text("heron")
+    alias = {"model": MODEL, "effort": "high", "system": "Speak German.", "verbosity": "narrated",
+             "workspace": "web", "backend": "agent"}
+    with agents(real, tmp_path, mcp_config=str(tmp_path / "mcp.json"), warm=1,
+                allowed_tools="mcp__x__ping", disallowed_tools="WebFetch", models={"a": alias},
+                add_dir=[str(tmp_path / "more")], append_system_prompt="Be kind.",
+                claude_arg="--disallowedTools NotebookEdit") as url:
+        client = Client(url, "chat", model="a")
+        client.headers = AGENT_KEY
+        said = client.ask(calls(("mcp__x__ping", {}), (
+            "Read", {"file_path": str(tmp_path / "more" / "f.txt")})), streamed=True)
+        assert "[mcp__x__ping gave: pong]" in said.text and "heron" in said.text
+        body = real.api.bodies[0]
+        named = {t["name"] for t in body["tools"]}
+        assert "mcp__x__ping" in named and not {"WebFetch", "NotebookEdit"} & named
+        assert "\n".join(block["text"] for block in body["system"]).endswith(
+            "Be kind.\n\nSpeak German.")
+        assert body["output_config"]["effort"] == "high" and body["model"] == MODEL
+        client.headers = {**AGENT_KEY, "X-CC-Effort": "low"}
+        client.ask("hi")
+        assert real.api.bodies[-1]["output_config"]["effort"] == "low"
+
+
+@pytest.mark.real_cli
+def test_an_agent_works_in_cwd_where_no_workspace_is_named(real, tmp_path):
+    with agents(real, tmp_path, cwd=str(tmp_path / "web"), allowed_tools="Bash") as url:
+        said = Agent(url, "chat").ask(calls(("Bash", {"command": "pwd", "description": "x"})))
+        assert f"{tmp_path}/web" in said.text
+        status, _, counted = post(url, "/sdk/v1/messages/count_tokens", {
+            "model": MODEL, "messages": [{"role": "user", "content": "hi"}]}, AGENT_KEY)
+        assert status == 200 and counted["input_tokens"] > 1000     # its own prompt, tools
 
 
 # -- the CLI as a client of /api
