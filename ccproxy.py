@@ -281,15 +281,26 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def rules(value: Any) -> list[str]:
-    """"Read, Bash(git log:*), ..." -> its rules; a comma inside of parentheses ends none."""
-    return [str(item) for item in value] if isinstance(value, list) else [
-        rule.strip() for rule in re.findall(r"(?:[^,(]|\([^)]*\))+", str(value)) if rule.strip()]
+    """"Read, Bash(git log:*), ..." -> its rules; a comma inside of parentheses ends none.
+    ValueError for one that could be read as a wider rule."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    found = [rule.strip() for rule in re.findall(r"(?:[^,()]|\([^()]*(?:\([^()]*\)[^()]*)*\))+|[()]",
+                                                 text) if rule.strip()]
+    for rule in found:
+        if not re.fullmatch(r"[^\s()]+(\(.*\))?", rule, re.S):
+            raise ValueError(f"{rule[:60]!r} is no rule; expected Tool or Tool(what)")
+    return found
 
 
 def arguments(value: Any) -> list[str]:
     """Arguments as a shell would read them; a list of such texts one after the other."""
-    texts = value if isinstance(value, list) else [value]
-    return [word for text in texts for word in shlex.split(str(text))]
+    found = []
+    for text in value if isinstance(value, list) else [value]:
+        lexer = shlex.shlex(str(text), posix=True)
+        lexer.whitespace_split, lexer.commenters = True, ""
+        lexer.escape = lexer.escape if POSIX else ""    # else C:\\a
+        found += list(lexer)
+    return found
 
 
 def within(kind: type, low: float, high: float = 1e9) -> Callable[[Any], Any]:
@@ -371,6 +382,19 @@ def folder(value: Any) -> str:
     return path
 
 
+def folder_list(value: Any) -> list[str]:
+    return [folder(path) for path in words(value)]
+
+
+def files(value: Any) -> list[str]:
+    """"a.json, ..." -> absolute paths.  ValueError for one that is not there."""
+    paths = [os.path.abspath(os.path.expanduser(path)) for path in words(value)]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is no file")
+    return paths
+
+
 def folders(value: Any) -> dict[str, str]:
     """"web=/srv/web,..." -> {"web": "/srv/web"}."""
     named = {name: folder(path) for name, path in mapping(value).items()}
@@ -397,8 +421,8 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "allowed_tools": ([], rules, "agent: rules of what may run unasked, as Read,Bash(git log:*)"),
     "disallowed_tools": ([], rules, "agent: rules of what may never run"),
     "max_turns": (0, whole, "agent: messages of the model in one turn; 0 for any number"),
-    "add_dir": ([], words, "agent: further directories that tools may use, comma-separated"),
-    "mcp_config": ([], words, "agent: files with MCP servers, comma-separated"),
+    "add_dir": ([], folder_list, "agent: further directories that tools may use, comma-separated"),
+    "mcp_config": ([], files, "agent: files with MCP servers, comma-separated"),
     "append_system_prompt": ("", string, "agent: text behind Claude Code's own prompt"),
     "claude_arg": ([], arguments, "agent: further arguments of claude (may be repeated)"),
     "verbosity": ("text", one_of(*VERBOSITIES), "agent: how its tools show in an answer: "
@@ -463,7 +487,8 @@ def state_dir(settings: Settings) -> str:
     """Where this user's programs keep state:  ~/.local/state/ccproxy  on Linux."""
     home = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Application Support"}.get(
         sys.platform, os.environ.get("XDG_STATE_HOME") or "~/.local/state")
-    return settings.state_dir or os.path.join(os.path.expanduser(home or "~"), "ccproxy")
+    return os.path.abspath(os.path.expanduser(settings.state_dir or os.path.join(
+        home or "~", "ccproxy")))
 
 
 def alias_of(table: Mapping[str, dict[str, str]], asked: str) -> dict[str, str]:
@@ -627,7 +652,7 @@ SERVER_TOOLS = ("web_search", "web_fetch", "code_execution", "code_interpreter",
 OWN_CALL, OWN_RESULT = "mcp_tool_use", "mcp_tool_result"    # what Claude Code ran by itself, in the
                                             # API's words for tools that somebody else runs
 PASSED_ON = ("redacted_thinking", "search_result", "server_tool_use",
-             "web_search_tool_result", OWN_CALL, OWN_RESULT)    # come back in a history
+             "web_search_tool_result")      # blocks of the API's own that come back in a history
 PAUSED = "pause_turn"       # stop reason of a turn that was cut off, and may be continued
 ROLES = ("user", "assistant", "system", "developer", "tool", "function")
 SAID = {"function": "arguments", "custom": "input"}     # envelope of a call -> its field of text
@@ -745,6 +770,12 @@ def parse_part(part: Any, where: str) -> dict:
     elif kind == "tool_reference":          # Claude Code's tool search; all tools are listed here
         return {"type": "text", "text": f"{need(part.get('tool_name'), where + '.tool_name', str)} "
                                         "can be called now."}
+    elif kind == OWN_CALL:
+        return {"type": kind, "name": need(part.get("name"), where + ".name", str),
+                "input": need(part.get("input", {}), where + ".input", dict)}
+    elif kind == OWN_RESULT:
+        return {"type": kind, "content": parse_parts(part.get("content"), where + ".content"),
+                "is_error": part.get("is_error") is True}
     elif kind == "thinking":
         need(part.get("thinking"), where + ".thinking", str)
     elif kind not in PASSED_ON:
@@ -840,9 +871,11 @@ def parse_item(item: dict, where: str) -> tuple[str, list[dict]]:
         "name": tool_name(item, where, optional(item, "namespace", str, where + "."))}]
 
 
-def finish_history(turns: list[tuple[str, list[dict], str]], slot: str) -> tuple[dict, ...]:
+def finish_history(turns: list[tuple[str, list[dict], str]], slot: str, rest: bool = False
+                   ) -> tuple[dict, ...]:
     """(role, blocks, where) as Anthropic messages: neighbours of one role merged, empty text left
-    out, tool results first, every call with its result.  ApiError where the real API refuses."""
+    out, tool results first, every call with its result.  ApiError where the real API refuses.
+    `rest`: a session knows what came before, and may have called for the first results."""
     merged: list[tuple[str, list[dict], str]] = []
     for role, blocks, where in turns:
         blocks = [b for b in blocks if b["type"] != "text" or b["text"].strip()]
@@ -855,8 +888,12 @@ def finish_history(turns: list[tuple[str, list[dict], str]], slot: str) -> tuple
     calls, known = [], set()
     for role, blocks, where in merged:
         results = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
+        if rest and blocks is merged[0][1]:
+            calls = results
         if not blocks:
             raise refusal(where, "content is empty")
+        if role == "user" and any(b["type"] in (OWN_CALL, OWN_RESULT) for b in blocks):
+            raise refusal(where, f"{OWN_CALL} and {OWN_RESULT} are the assistant's")
         if sorted(results) != sorted(calls):
             odd = sorted(set(calls) ^ set(results)) or results
             raise refusal(where, f"tool call {odd[0]} has no result in the message after it"
@@ -874,10 +911,11 @@ def finish_history(turns: list[tuple[str, list[dict], str]], slot: str) -> tuple
     return tuple({"role": role, "content": blocks} for role, blocks, _ in merged)
 
 
-def parse_history(items: list, slot: str, known: dict, earlier: int = 0
+def parse_history(items: list, slot: str, known: dict, earlier: int = 0, rest: bool = False
                   ) -> tuple[str, tuple[dict, ...]]:
     """Messages and items of any dialect as (system text, Anthropic's); system text may stand
-    anywhere.  `known`: the tools' names in parse_tools; the caller did not send the first items."""
+    anywhere.  `known`: the tools' names in parse_tools; the caller did not send the first items;
+    `rest`: see finish_history."""
     system, turns, called = [], [], {}      # called: function name -> id of its last old-style call
     for at, item in enumerate(items, -earlier):
         where = f"{slot}[{at}]"
@@ -901,7 +939,7 @@ def parse_history(items: list, slot: str, known: dict, earlier: int = 0
             turns.append((role, blocks, where))
     if slot == "input" and turns and turns[-1][0] == "assistant":   # an answer that broke off
         turns.append(("user", [{"type": "text", "text": "(continue)"}], turns[-1][2]))
-    return "\n\n".join(filter(None, system)), finish_history(turns, slot)
+    return "\n\n".join(filter(None, system)), finish_history(turns, slot, rest)
 
 
 # -- tools and fields
@@ -1107,7 +1145,8 @@ def parse_body(body: dict, earlier: list = ()) -> Turn:
     more = [tool for item in items if isinstance(item, dict)
             and item.get("type") == "additional_tools" for tool in optional(item, "tools", list)]
     tools, known = parse_tools({**body, "tools": optional(body, "tools", list) + more}, ignored)
-    system, messages = parse_history(items, slot, known, len(earlier))
+    rest = bool(body.get("session_id")) and not earlier
+    system, messages = parse_history(items, slot, known, len(earlier), rest)
     first = [parse_text(body.get(name), name) for name in ("system", "instructions")]
     system, forged = BILLING.subn("", "\n\n".join(filter(None, (*first, system))))
     if forged:
@@ -1328,6 +1367,7 @@ def response_item(message: Message, at: int, done: bool = True) -> dict:
         call = next(b for b in message.content if b.get("id") == block["tool_use_id"])
         texts = "".join(part.get("text", f"[{part['type']}]") for part in block["content"])
         slot, other = ("error", "output") if block["is_error"] else ("output", "error")
+        status = "failed" if done and block["is_error"] else status
         return {"id": "mcp_" + name, "type": "mcp_call", "status": status, "name": call["name"],
                 "server_label": call["server_name"], "approval_request_id": None,
                 "arguments": call_text(message, call) if done else "", other: None,
@@ -1372,9 +1412,10 @@ def block_events(message: Message, at: int, step: str, delta: dict) -> list[dict
     inner = {"item_id": item["id"], **head, **({index: 0} if index else {})}
     told = item[slot]                       # a text, or the parts that hold it
     part = [{"type": f"{part_stem}.{step}", **inner, "part": told[0]}] if index and told else []
+    ran = item["type"] == "mcp_call"
     if step == "added":
         return [{"type": "response.output_item.added", **head, "item": {**item, slot: told[:0]}},
-                *part]
+                *part, *[{"type": "response.mcp_call.in_progress", **inner}] * ran]
     more = {"logprobs": []} if item["type"] == "message" else {}
     late = step == "done" and not index and (       # a free tool's text, or "{}" without a piece
         slot == "input" or not message.arguments.get(item.get("call_id")))
@@ -1384,7 +1425,8 @@ def block_events(message: Message, at: int, step: str, delta: dict) -> list[dict
     if step == "done":
         whole = {"text": told[0]["text"]} if index and told else {slot: told}
         events += [{"type": stem + ".done", **inner, **whole, **more}] * bool(part or not index) + [
-            *part, {"type": "response.output_item.done", **head, "item": item}]
+            *part, *[{"type": f"response.mcp_call.{item['status']}", **inner}] * ran,
+            {"type": "response.output_item.done", **head, "item": item}]
     return events
 
 
@@ -1744,7 +1786,8 @@ def gist(value: Any, most: int = 120) -> str:
 
 def result_text(block: dict) -> str:
     """What a tool of the agent's gave, as text."""
-    return "".join(part.get("text", f"[{part.get('type')}]") for part in block["content"])
+    return "".join(part["text"] if part["type"] == "text" else f"[{part['type']}]"
+                   for part in block["content"])
 
 
 def narration(block: dict, name: str = "") -> str:
@@ -1881,7 +1924,7 @@ def fits_mcp(block: dict) -> bool:
     return block["type"] == "tool_result" and all(
         part["type"] == "text" or (part["type"] == "image" and part["source"]["type"] == "base64")
         for part in block["content"]) and RESULT_LIMIT > sum(
-            len(part.get("text", "")) for part in block["content"])
+            len(part["text"]) for part in block["content"] if part["type"] == "text")
 
 
 def vendor_message(text: str) -> str:
@@ -2126,6 +2169,8 @@ class AgentReply(Reply):
         self._used: dict[str, Any] = {}     # usage of the messages so far
         self._using: dict[str, Any] = {}    # and of this one
         self._given: list[dict] = []        # results that wait for the first message
+        self.owed: dict[str, dict] = {}     # calls that run behind a client's: told with their
+        self._owing: list[dict] | None = None       # results.  Events of such a call
         self._told = {b.get("tool_use_id") for b in turn.messages[-1]["content"]}   # results
 
     @property
@@ -2160,13 +2205,33 @@ class AgentReply(Reply):
 
     def _give(self) -> list[dict]:
         events = []
-        for block in self._given:
+        owed = [self.owed.pop(block["tool_use_id"], None) for block in self._given]
+        for block in [b for pair in zip(owed, self._given) for b in pair if b]:
             at = {"index": self._blocks}
-            events += [{"type": "content_block_start", **at, "content_block": block},
+            said = [{"type": "content_block_delta", **at, "delta": {
+                "type": "input_json_delta", "partial_json": json.dumps(block["input"])}}
+                ] if "input" in block else []
+            events += [{"type": "content_block_start", **at, "content_block": block}, *said,
                        {"type": "content_block_stop", **at}]
             self._blocks += 1
         self._given = []
         return events
+
+    def _block(self, event: dict) -> list[dict] | None:
+        """An event of a content block; a call that has to wait for the client is told later."""
+        block = event.get("content_block") or {}
+        if block:
+            own = block.get("type") == "tool_use" and block["name"] not in self._names
+            self._owing = [] if own and self._called and not self._strict else None
+        if self._owing is None:
+            return super()._block(event)
+        self._owing.append(event)
+        if event["type"] == "content_block_stop":
+            call = self._call(self._owing[0]["content_block"])
+            said = parse_input("".join((each.get("delta") or {}).get("partial_json") or ""
+                                       for each in self._owing))
+            self.owed[call["id"]] = {**call, "input": said if isinstance(said, dict) else {}}
+        return None
 
     def _call(self, block: dict) -> dict:
         if block["name"] in self._names:
@@ -2238,7 +2303,7 @@ MIGRATIONS = (      # what a walk along a conversation reads and writes is apart
     "CREATE TABLE sessions (caller TEXT NOT NULL, id TEXT NOT NULL, workspace TEXT NOT NULL, "
     "cwd TEXT NOT NULL, cli TEXT NOT NULL, created_at REAL NOT NULL, used_at REAL NOT NULL, "
     "PRIMARY KEY (caller, id))")
-SESSION = ("id", "workspace", "cwd", "cli", "created_at", "used_at")
+SESSION = ("caller", "id", "workspace", "cwd", "cli", "created_at", "used_at")
 CHAIN = """WITH RECURSIVE chain(id, previous, depth) AS (
     SELECT id, previous, 0 FROM responses WHERE id = ? AND caller = ? UNION ALL
     SELECT r.id, r.previous, depth + 1 FROM responses r JOIN chain ON r.id = chain.previous) """
@@ -2411,31 +2476,27 @@ class Store:
             name = row[0] if row else None
         return bool(found)
 
-    def sessions(self, caller: str, name: str | None) -> list[dict]:
-        """A caller's sessions, or the one of that name; the last used first."""
+    def sessions(self, caller: str | None, name: str | None) -> list[dict]:
+        """A caller's sessions, or the one of that name, or all; the last used first."""
         rows = self._db.execute(
-            f"SELECT {', '.join(SESSION)} FROM sessions WHERE caller = ? AND (? IS NULL OR id = ?) "
-            "ORDER BY used_at DESC", (caller, name, name))
+            f"SELECT {', '.join(SESSION)} FROM sessions WHERE (? IS NULL OR caller = ?) AND "
+            "(? IS NULL OR id = ?) ORDER BY used_at DESC", (caller, caller, name, name))
         return [dict(zip(SESSION, row)) for row in rows]
 
-    def keep_session(self, caller: str, name: str, workspace: str, cwd: str, cli: str) -> None:
+    def keep_session(self, caller: str, name: str, workspace: str, cwd: str, cli: str) -> float:
+        """Note where a session stands; when that was."""
         now = time.time()
         self._db.execute(
             "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (caller, id) DO UPDATE "
             "SET cwd = excluded.cwd, cli = excluded.cli, used_at = excluded.used_at",
             (caller, name, workspace, cwd, cli, now, now))
+        return now
 
     def delete_session(self, caller: str, name: str) -> list[dict]:
         found = self.sessions(caller, name)
         self._db.execute("DELETE FROM sessions WHERE caller = ? AND id = ?", (caller, name))
         return found
 
-    def expire_sessions(self, before: float) -> list[dict]:
-        """Those that were not used since then, which go."""
-        rows = self._db.execute(f"SELECT {', '.join(SESSION)} FROM sessions WHERE used_at < ?",
-                                (before,)).fetchall()
-        self._db.execute("DELETE FROM sessions WHERE used_at < ?", (before,))
-        return [dict(zip(SESSION, row)) for row in rows]
 
     async def close(self) -> None:
         if self._db:
@@ -2478,7 +2539,7 @@ def check_origin(origin: str, host: str, allowed: list[str]) -> bool:
 def check_key(headers: Mapping[str, str], digest: str, needed: bool) -> str:
     """The caller's name: a part of the key's digest (SHA-256, hex) if it sent that key, else ""."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    sent = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
+    sent = [headers.get("x-api-key", ""), bearer.strip(" \t") if scheme.lower() == "bearer" else ""]
     known = any([hmac.compare_digest(hashlib.sha256(s.encode("latin-1")).hexdigest(), digest)
                  for s in sent])
     if needed and not known:
@@ -2497,8 +2558,11 @@ def agent_key(folder: str) -> tuple[str, str]:
             handle, draft = tempfile.mkstemp(dir=folder)        # 0600
             with open(handle, "w", encoding="ascii") as file:
                 file.write(hashlib.sha256(key.encode()).hexdigest())
-            with contextlib.suppress(FileExistsError):
+            try:
                 os.link(draft, path)
+            except OSError:                 # it is there, or the file system knows no links
+                if not os.path.exists(path):
+                    shutil.copy(draft, path)
             os.remove(draft)
         with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
             digest = file.read().strip()
@@ -2555,6 +2619,8 @@ class Claude:
         self.launch, self._permit, self._mark = launch, permit, mark
         self.home = ""                          # a directory that goes with it
         self.receipt: Receipt | None = None     # of the turn that it plays
+        self.allowed: list[list] = []           # [tool, input] of calls that may always run
+        self.owed: dict[str, dict] = {}         # own calls behind a client's, see AgentReply
 
         self._permits: dict[str, asyncio.Task] = {}     # request id -> the question about a tool
         self.born = self.last_used = loop.time()
@@ -2728,7 +2794,8 @@ class Claude:
 
     def configure(self, turn: Turn, model: str | None) -> list[dict]:
         """The line that sets this turn's parameters; none if they stand already."""
-        request, before = settings_request(turn, model), self._settings
+        sticky = self._settings.get("settings", {}).get("model")    # of an earlier turn
+        request, before = settings_request(turn, model or sticky and self.model), self._settings
         self._settings = request
         return [] if request == before else [self.control(request)]
 
@@ -2950,6 +3017,11 @@ def digest_chain(turn: Turn, caller: str, model: str) -> list[bytes]:
     return chain
 
 
+def session_place(settings: Settings) -> str:
+    """Where the directories of sessions are that have no workspace."""
+    return os.path.join(state_dir(settings), "sessions")
+
+
 def session_key(turn: Turn, caller: str) -> bytes:
     """The key of a caller's session; b"" for a turn that belongs to none."""
     said = json.dumps(["session", caller, turn.session]).encode("ascii")
@@ -3035,7 +3107,7 @@ class Conversations:
         """The models that the CLI reports; a process is asked if none has told them yet."""
         await self.command()
         if not self.models:
-            launch = next(iter(self._wanted))
+            launch = next(iter(self._wanted), Launch())
             claude = await self._fresh(b"", self.settings.model, launch)
             await self._rehearse(claude, Turn("", launch=launch), self.settings.warm > 0)
         return self.models
@@ -3077,6 +3149,8 @@ class Conversations:
             chain = digest_chain(turn, receipt.caller, model)
             claude = await self._claude_for(turn, model, chain, receipt)
             claude.receipt, spent = receipt, claude.cost
+            if agent:
+                reply.owed, claude.owed = claude.owed, reply.owed
             while not reply.done:
                 lines = await claude.lines(self.settings.request_timeout if reply.working else
                                            self.settings.stall_timeout)
@@ -3099,6 +3173,7 @@ class Conversations:
                     raise reply.failed
             receipt.session = claude.init.get("session_id", "") if turn.session else ""
             receipt.home, claude.home = (claude.home, "") if turn.session else ("", claude.home)
+            claude.owed = reply.owed if agent else {}
             kept = reply.reusable and self._rest(claude, turn, chain, message)
             if not kept:
                 self._close(claude)
@@ -3123,6 +3198,9 @@ class Conversations:
             "rebuilt" if len(chain) > 2 else "new")
         if resume and not claude and self._closers:     # one may still write that session down
             await asyncio.wait(set(self._closers), timeout=3)
+        if claude is None and any(b["type"] == "tool_result" for b in turn.messages[0]["content"]):
+            raise ApiError("conflict", f"session {turn.session!r} waits for no such tool result "
+                           "(any more); send the conversation from its beginning", "session_id")
         if claude is None:
             launch = replace(turn.launch, resume=resume)
             if not resume:
@@ -3168,7 +3246,8 @@ class Conversations:
         if claude is None:
             return None
         same = (claude.profile, claude.launch.permission_mode) == (profile, mode)
-        if claude.alive and same and (not claude.awaited or (
+        told = any(block["type"] == "tool_result" for block in last["content"])
+        if claude.alive and same and (not (claude.awaited or told) or (
                 claude.awaited == {b.get("tool_use_id") for b in last["content"]}
                 and all(map(fits_mcp, last["content"])))):
             return self.idle.pop(key)
@@ -3196,7 +3275,7 @@ class Conversations:
         claude = self.idle.get(session_key(Turn("", session=name), caller))
         if claude is not None:
             self._close(claude)
-            await asyncio.wait(set(self._closers), timeout=3)
+            await asyncio.wait(set(self._closers), timeout=3)   # it writes the session down
 
     async def count(self, turn: Turn) -> int:
         """Input tokens of a turn, asked of the CLI without spending any: its own notes left out."""
@@ -3249,6 +3328,9 @@ class Conversations:
             command, mark = await self.command(), f"{self._mark}.{secrets.token_hex(4)}"
             switches, cwd, options, more = CHAT_SWITCHES, self._cwd, (), ()
             if launch.agent:
+                if launch.cwd and not os.path.isdir(launch.cwd):
+                    raise ApiError("unavailable", "the agent's directory is gone"
+                                   + f" (workspace {launch.workspace})" * bool(launch.workspace))
                 home = "" if launch.cwd else self._make_home(launch)
                 cwd, options = launch.cwd or home, agent_options(launch, settings)
                 switches = agent_switches(parse_version(self.version), settings.i_am_sandboxed)
@@ -3267,11 +3349,13 @@ class Conversations:
 
     def _make_home(self, launch: Launch) -> str:
         """A new private directory for an agent; a session keeps it."""
-        place = self._cwd
-        if launch.kept:
-            place = os.path.join(state_dir(self.settings), "sessions")
+        place = session_place(self.settings) if launch.kept else self._cwd
+        try:
             os.makedirs(place, mode=0o700, exist_ok=True)
-        return tempfile.mkdtemp(prefix="agent-", dir=place)
+            return tempfile.mkdtemp(prefix="agent-", dir=place)
+        except OSError as exc:
+            raise ApiError("unavailable", "no directory for the agent can be made: "
+                           f"{exc.strerror}") from None
 
     def _ended(self, claude: Claude) -> None:
         """A process has ended, by itself if nobody closed it."""
@@ -3335,7 +3419,12 @@ class Conversations:
                        for launch, wanted in self._wanted.items()):
                 self._close(spare)
         for wanted in reversed(list(self._wanted.values())):    # the last one asked for first
-            await self._refill_for(wanted)
+            try:
+                await self._refill_for(wanted)
+            except ApiError:
+                if not wanted.launch.agent:
+                    raise
+                self._wanted.pop(wanted.launch, None)   # its workspace may be gone
 
     async def _refill_for(self, wanted: Turn) -> None:
         most, launch = self.settings.max_processes, wanted.launch
@@ -3385,6 +3474,7 @@ CHECK_TOOL = {"name": "check", "description": "Ask the operator of ccproxy wheth
                   "tool_name": {"type": "string"}, "input": {"type": "object"},
                   "tool_use_id": {"type": "string"}}}}
 ANSWERED = 200              # answered questions that are remembered
+KEPT_INPUT = 16_384         # characters of their input; a longer one is not
 LISTENERS = 32              # who may listen to questions at once
 NEWS_LIMIT = 1000           # events that a listener may lie behind
 ENDINGS = {"allow": "allowed", "deny": "denied", "expire": "expired", "cancel": "cancelled"}
@@ -3424,9 +3514,8 @@ class Rendering:
     formatted   XML tags, among the text
     """
 
-    def __init__(self, verbosity: str, native: bool, orphans: bool) -> None:
+    def __init__(self, verbosity: str, native: bool) -> None:
         self._how, self._native = verbosity, native and verbosity == "verbose"
-        self._orphans = orphans             # results whose call stood in an earlier message show
         self._block: dict = {}              # that is being told, its arguments' pieces
         self._pieces: list[str] = []
         self._names: dict[str, str] = {}    # id of a call -> name of the tool
@@ -3444,17 +3533,13 @@ class Rendering:
             self._block, self._pieces = event["content_block"], []
             if self._block["type"] == OWN_CALL:
                 self._names[self._block["id"]] = self._block["name"]
-        block, own = self._block, self._block["type"] in (OWN_CALL, OWN_RESULT)
-        lost = block["type"] == OWN_RESULT and block["tool_use_id"] not in self._names
-        if own and (not self._native or lost and not self._orphans):
+        if self._block["type"] in (OWN_CALL, OWN_RESULT):
             self._pieces.append((event.get("delta") or {}).get("partial_json") or "")
-            return self._words() if kind == "content_block_stop" else []
+            return self._own() if kind == "content_block_stop" else []
         first = kind == "content_block_start"
         self._sent += first
         told = [{**event, "index": self._sent - 1}]
-        if first and block["type"] == "text" and not self._native:
-            told += self._gap()
-        return told
+        return told + (self._gap() if first and self._block["type"] == "text" else [])
 
     def _gap(self) -> list[dict]:
         """What keeps a text apart from the one before it."""
@@ -3463,20 +3548,27 @@ class Rendering:
         self._spoken, self._apart = True, False
         return gap
 
-    def _words(self) -> list[dict]:
-        """The block that ends here as a text of its own, if it is to be seen."""
+    def _own(self) -> list[dict]:
+        """The block that ends here: as it is, or as a text of its own, if it is to be seen.  A call
+        has its input at its start, too: not all clients put it together from its pieces."""
         block, self._apart = self._block, True
+        whole = "".join(self._pieces)
         if block["type"] == OWN_CALL:
-            said = parse_input("".join(self._pieces)) or block["input"]
+            said = parse_input(whole) or block["input"]
             block = {**block, "input": said if isinstance(said, dict) else {"input": said}}
-        text = WORDS[self._how](block, self._names.get(block.get("tool_use_id", ""), ""))
-        if not text:
+        native = self._native and block.get("tool_use_id", "") in ("", *self._names)
+        text = "" if native else WORDS[self._how](
+            block, self._names.get(block.get("tool_use_id", ""), ""))
+        if not native and not text:
             return []
         self._sent += 1
-        at = {"index": self._sent - 1}
-        told = [{"type": "content_block_start", **at, "content_block": {"type": "text", "text": ""}},
-                *self._gap(), {"type": "content_block_delta", **at, "delta": {
-                    "type": "text_delta", "text": text}}, {"type": "content_block_stop", **at}]
+        at, delta = {"index": self._sent - 1}, {"type": "text_delta", "text": text}
+        if native:
+            delta = {"type": "input_json_delta", "partial_json": whole}
+        told = [{"type": "content_block_start", **at, "content_block": block if native else {
+                    "type": "text", "text": ""}}, *(self._gap() if text else []),
+                *[{"type": "content_block_delta", **at, "delta": delta}] * bool(text or whole),
+                {"type": "content_block_stop", **at}]
         self._apart = True
         return told
 
@@ -3488,7 +3580,8 @@ def chosen_workspace(messages: tuple[dict, ...], names: Iterable[str]
 
     [task, WHICH..., "2", ...] -> the second name, [task, ...]
     """
-    texts = ["".join(b.get("text", "") for b in m["content"]).strip() for m in messages]
+    texts = ["".join(b["text"] for b in m["content"] if b["type"] == "text").strip()
+             for m in messages]
     for at in range(1, len(messages) - 1, 2):
         if not texts[at].startswith(WHICH):
             return "", messages
@@ -3515,6 +3608,15 @@ async def which_workspace(names: Iterable[str], model: str) -> AsyncIterator[lis
         {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
          "usage": usage}]
     yield [{"type": "message_stop"}]
+
+
+def what_always_means(hints: list[dict]) -> str:
+    """What "for the rest of the conversation" would let run, as the CLI suggests it."""
+    told = [f"permission mode {hint.get('mode')}" if hint.get("type") == "setMode" else ", ".join(
+        f"{rule.get('toolName')}({rule.get('ruleContent')})" if rule.get("ruleContent") else
+        f"{rule.get('toolName')} in any way" for rule in hint.get("rules") or []
+        if isinstance(rule, dict)) or json.dumps(hint) for hint in hints]
+    return "; ".join(told) or "this very call"
 
 
 class Permissions:
@@ -3553,15 +3655,18 @@ class Permissions:
         receipt = claude.receipt or Receipt()
         told = {name: request.get(name) for name in ("tool_use_id", "description",
                                                      "decision_reason")}
-        verdict = await self.ask(
-            str(request.get("tool_name")), request.get("input") or {}, **told,
-            workspace=claude.launch.workspace or claude.launch.cwd, request_id=receipt.request)
-        if verdict.pop("scope", "") == "conversation":
-            hints = [hint for hint in request.get("permission_suggestions") or []
-                     if isinstance(hint, dict)]
-            hints = hints or [{"type": "addRules", "behavior": "allow",
-                               "rules": [{"toolName": request.get("tool_name")}]}]
+        tool, said = str(request.get("tool_name")), request.get("input") or {}
+        hints = [hint for hint in request.get("permission_suggestions") or []
+                 if isinstance(hint, dict)]
+        if [tool, said] in claude.allowed:
+            return {"behavior": "allow", "updatedInput": said}
+        verdict = await self.ask(tool, said, **told, always=what_always_means(hints),
+                                 workspace=claude.launch.workspace, request_id=receipt.request)
+        always = verdict.pop("scope", "once") == "conversation"
+        if always and hints:
             verdict["updatedPermissions"] = [{**hint, "destination": "session"} for hint in hints]
+        elif always:
+            claude.allowed.append([tool, said])
         return verdict
 
     async def ask(self, tool: str, said: dict, **more: Any) -> dict:
@@ -3585,6 +3690,8 @@ class Permissions:
                       f"within {self.timeout_s:g} s. The operator can be asked again."}
         finally:
             question["status"] = ENDINGS[ending["behavior"]]
+            if len(json.dumps(said)) > KEPT_INPUT:
+                question["input"] = {"cut": gist(said)}
             del self._answers[name]
             self._tell("expired" if question["status"] == "expired" else "resolved", question)
             for old in [k for k, q in self.asked.items() if q["status"] != "pending"][:-ANSWERED]:
@@ -3642,27 +3749,46 @@ class Permissions:
             told = {"result": {}}
         elif method == "tools/list":
             told = {"result": {"tools": [CHECK_TOOL]}}
-        elif method == "tools/call" and params.get("name") == CHECK_TOOL["name"]:
-            said = optional(params, "arguments", dict, "params.")
-            where = "params.arguments."
-            verdict = await self.ask(
-                need(said.get("tool_name"), where + "tool_name", str),
-                need(said.get("input"), where + "input", dict),
-                tool_use_id=said.get("tool_use_id"), description=None, decision_reason=None,
-                workspace="", request_id="")
-            verdict.pop("scope", None)
-            told = {"result": {"content": [{"type": "text", "text": json.dumps(verdict)}]}}
         elif method == "tools/call":
-            told = {"error": {"code": -32602, "message": "the one tool here is `check`"}}
+            try:
+                told = {"result": await self._checked(params)}
+            except ApiError as error:
+                told = {"error": {"code": -32602, "message": error.message}}
         return {"jsonrpc": "2.0", "id": message["id"], **told}
+
+    async def _checked(self, params: dict) -> dict:
+        """The result of the tool.  ApiError names what its arguments lack."""
+        need(params.get("name"), "params.name", str, among=(CHECK_TOOL["name"],))
+        said, where = optional(params, "arguments", dict, "params."), "params.arguments."
+        verdict = await self.ask(
+            need(said.get("tool_name"), where + "tool_name", str),
+            need(said.get("input"), where + "input", dict),
+            tool_use_id=said.get("tool_use_id"), description=None, decision_reason=None,
+            always="this very call", workspace="", request_id="")
+        verdict.pop("scope", None)
+        return {"content": [{"type": "text", "text": json.dumps(verdict)}]}
+
+
+@dataclass
+class Seat:
+    """Who plays a turn of a session, and who waits for that."""
+    taken: bool = False
+    users: int = 0
+    free: asyncio.Future | None = None      # done when it is free again
 
 
 class Sessions:
-    """Sessions of the CLI's by their callers' names: one turn at a time, kept in the store."""
+    """Sessions of the CLI's by their callers' names: one turn at a time, kept in the store.
 
-    def __init__(self, store: Store, ttl_days: float) -> None:
-        self._store, self._ttl_s = store, ttl_days * 86400
-        self._busy: dict[tuple[str, str], asyncio.Lock] = {}
+    `place` is where the directories are that belong to sessions; no others are ever removed.
+    """
+
+    def __init__(self, store: Store, ttl_days: float, place: str) -> None:
+        self._store, self._ttl_s, self._place = store, ttl_days * 86400, place
+        self._busy: dict[tuple[str, str], Seat] = {}
+        self._kept: dict[tuple[str, str], float] = {}       # when this proxy kept it last
+        self._tasks: dict[tuple[str, str], tuple[dict, ...]] = {}   # that wait for a workspace
+        self._swept = -math.inf
 
     @contextlib.asynccontextmanager
     async def alone(self, caller: str, name: str, wait_s: float) -> AsyncIterator[None]:
@@ -3670,42 +3796,118 @@ class Sessions:
         if not name:
             yield
             return
-        key = caller, name
-        lock = self._busy.setdefault(key, asyncio.Lock())
-        try:                                # the turn before may be about to end
-            await asyncio.wait_for(lock.acquire(), wait_s or 0.1)
-        except asyncio.TimeoutError:
-            raise ApiError("conflict", f"session {name!r} is busy with another turn", "session_id",
-                           retry_after=1) from None
+        loop, seat = asyncio.get_running_loop(), self._busy.setdefault((caller, name), Seat())
+        until, mine = loop.time() + (wait_s or 0.1), False  # the turn before may be about to end
+        seat.users += 1
         try:
+            while seat.taken:               # no lock: wait_for may lose one that it was given
+                if loop.time() >= until:
+                    raise ApiError("conflict", f"session {name!r} is busy with another turn",
+                                   "session_id", retry_after=1)
+                seat.free = seat.free or loop.create_future()
+                await asyncio.wait({seat.free}, timeout=until - loop.time())
+            seat.taken = mine = True
             yield
         finally:
-            lock.release()
-            if not lock.locked() and not getattr(lock, "_waiters", None):
-                self._busy.pop(key, None)
+            seat.users -= 1
+            if mine and seat.free:
+                seat.free.set_result(None)
+                seat.free = None
+            seat.taken = seat.taken and not mine
+            if not seat.users:
+                del self._busy[caller, name]
 
     async def find(self, caller: str, name: str) -> dict | None:
         """{"id", "workspace", "cwd", "cli", "created_at", "used_at"} of a session, if it is kept."""
-        gone = await self._store.run(self._store.expire_sessions, time.time() - self._ttl_s)
-        await forget(gone)
-        return next(iter(await self._store.run(self._store.sessions, caller, name)), None)
+        await self._sweep()
+        found = next(iter(await self._store.run(self._store.sessions, caller, name)), None)
+        if found and found["used_at"] < time.time() - self._ttl_s:
+            await self.delete(caller, name)
+            return None
+        return found
+
+    async def _sweep(self) -> None:
+        """Once an hour, let go what was not used for too long, and directories of nobody's."""
+        now = time.time()
+        if now - self._swept < 3600:
+            return
+        self._swept = now
+        for old in await self._store.run(self._store.sessions, None, None):
+            key = old["caller"], old["id"]
+            if old["used_at"] < now - self._ttl_s and key not in self._busy:
+                await self.delete(*key)
+        used = {old["cwd"] for old in await self._store.run(self._store.sessions, None, None)}
+        await asyncio.get_running_loop().run_in_executor(None, self._remove_unused, used)
+
+    def _remove_unused(self, used: set[str]) -> None:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self._place):
+                if entry.path not in used and time.time() - entry.stat().st_mtime > 2 * 86400:
+                    self._remove(entry.path)
+
+    def own(self, session: dict) -> bool:
+        """Whether a session has a directory that was made for it."""
+        path = session["cwd"]
+        return os.path.dirname(path) == self._place and os.path.basename(path).startswith("agent-")
+
+    def latest(self, caller: str, session: dict | None) -> bool:
+        """Whether this proxy was the last one to play a turn of a session."""
+        return session is not None and self._kept.get((caller, session["id"])) == session["used_at"]
 
     async def list(self, caller: str) -> list[dict]:
         return await self._store.run(self._store.sessions, caller, None)
 
     async def keep(self, caller: str, name: str, workspace: str, cwd: str, cli: str) -> None:
-        await self._store.run(self._store.keep_session, caller, name, workspace, cwd, cli)
+        """Note where a session stands.  What it was before, if it began anew, is forgotten."""
+        before = await self._store.run(self._store.sessions, caller, name)
+        used = await self._store.run(self._store.keep_session, caller, name, workspace, cwd, cli)
+        self._kept[caller, name] = used
+        for key in list(self._kept)[:-1000]:
+            del self._kept[key]
+        for old in before:
+            if old["cli"] != cli:
+                await self._forget({**old, "cwd": "" if old["cwd"] == cwd else old["cwd"]})
 
     async def delete(self, caller: str, name: str) -> bool:
         """Whether there was one; what the CLI has written down of it goes, too."""
         gone = await self._store.run(self._store.delete_session, caller, name)
-        await forget(gone)
+        for session in gone:
+            await self._forget(session)
         return bool(gone)
 
+    async def _forget(self, session: dict) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self._wipe, session)
 
-def own_directory(session: dict) -> bool:
-    """Whether a session has a directory that was made for it."""
-    return not session["workspace"] and os.path.basename(session["cwd"]).startswith("agent-")
+    def _wipe(self, session: dict) -> None:
+        """Remove the CLI's transcripts of a session, and its directory if that is its own."""
+        home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(
+            os.path.expanduser("~"), ".claude")
+        if re.fullmatch(r"[0-9a-f-]{36}", session["cli"]):
+            for path in glob.glob(os.path.join(glob.escape(home), "projects", "*",
+                                               session["cli"] + "*")):
+                self._remove(path)
+        if self.own(session):
+            self._remove(session["cwd"])
+
+    @staticmethod
+    def _remove(path: str) -> None:
+        with contextlib.suppress(OSError):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.remove(path)
+
+    def choose(self, caller: str, name: str, messages: tuple[dict, ...], names: Iterable[str]
+               ) -> tuple[str, tuple[dict, ...]]:
+        """As chosen_workspace, for a caller who sends only what is new: his task was kept."""
+        task = self._tasks.pop((caller, name), ())
+        asked = {"role": "assistant", "content": [{"type": "text", "text": WHICH}]}
+        chosen = chosen_workspace((*task, asked, messages[-1]), names) if task else ("", ())
+        if not chosen[0]:
+            self._tasks[caller, name] = task or messages[:1]
+            for key in list(self._tasks)[:-20]:
+                del self._tasks[key]
+        return chosen
 
 
 def session_object(session: dict) -> dict:
@@ -3713,22 +3915,6 @@ def session_object(session: dict) -> dict:
     return {"id": session["id"], "object": "session", "workspace": session["workspace"] or None,
             "created_at": int(session["created_at"]), "used_at": int(session["used_at"])}
 
-
-async def forget(sessions: list[dict]) -> None:
-    """Remove what is on disk of sessions: the CLI's transcripts, directories of their own."""
-    def work() -> None:
-        home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(
-            os.path.expanduser("~"), ".claude")
-        for session in sessions:
-            if re.fullmatch(r"[0-9a-f-]{36}", session["cli"]):
-                for path in glob.glob(os.path.join(glob.escape(home), "projects", "*",
-                                                   session["cli"] + "*")):
-                    with contextlib.suppress(OSError):
-                        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-            if own_directory(session):
-                shutil.rmtree(session["cwd"], ignore_errors=True)
-    if sessions:
-        await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 # == 12. Upstream ==================================================================================
@@ -4920,7 +5106,7 @@ KEYED = ("permissions", "permission", "permission_news", "permission_check", "se
          "session")             # work that always needs one, as agents do
 PREFIXES = {"chat": "chat", "sdk": "agent", "api": "api"}   # of a path:  /sdk/v1/messages
 AGENT_HEADERS = ("X-CC-Workspace", "X-CC-Verbosity", "X-CC-Session", "X-CC-Session-Busy")
-SESSION_NAME = r"[\w.:@-]{1,128}"
+SESSION_NAME = r"\w[\w.:@-]{0,127}"
 RELAY_METHODS = "GET, POST, PUT, PATCH, DELETE"
 PING = sse_frame({"type": "ping"}, "ping")
 
@@ -5120,7 +5306,7 @@ class App:
         self.upstream = Upstream(settings, self.conversations.refusals)
         self.store = Store(state_dir(settings), settings.store_days, settings.store_size,
                            settings.max_body)
-        self.sessions = Sessions(self.store, settings.session_ttl)
+        self.sessions = Sessions(self.store, settings.session_ttl, session_place(settings))
         self.key = hashlib.sha256(settings.api_key.encode()).hexdigest() if settings.api_key else ""
         self.server = Server(settings, self.handle, self.refuse)
         if not is_loopback(settings.host) and not settings.api_key:
@@ -5210,8 +5396,9 @@ class App:
         call.backend = prefix or self.settings.backend
         served, work, dialect = ROUTES.get(known, ("", "", ""))
         translated = dialect in ("chat", "responses")
+        foreign = (not work or work in KEYED) and call.request.path.startswith("/v1/")
         if prefix == "api" and not translated or call.backend == "api" and (
-                dialect == "messages" or not work and call.request.path.startswith("/v1/")):
+                dialect == "messages" or foreign):
             served, work = RELAY_METHODS, "relay"
         methods = f"{served}, OPTIONS" if served == "DELETE" else f"{served}, HEAD, OPTIONS"
         call.dialect = DIALECTS.get(dialect)
@@ -5263,50 +5450,56 @@ class App:
         return parse_json(await call.connection.read_body(self.settings.max_body))
 
     async def _parse(self, call: Call, body: dict | None = None) -> Turn:
-        body, earlier = body or await self._read_json(call), []
-        headers, asked = call.request.headers, body.get("model")
+        body, earlier = await self._read_json(call) if body is None else body, []
+        headers, asked, unused = call.request.headers, body.get("model"), []
         body.update({"model": headers["x-cc-model"]} if "x-cc-model" in headers else {})
+        alias = alias_of(self.settings.models, str(body.get("model")))
+        call.backend = call.route[0] or alias.get("backend") or self.settings.backend
+        if call.backend == "agent":
+            self._identify(call, True)
+            body.update({"session_id": headers["x-cc-session"]} if "x-cc-session" in headers else {})
+        else:
+            unused = [name for name in AGENT_HEADERS if name.lower() in headers]
+            unused += ["session_id"] * (body.pop("session_id", None) is not None)
         if call.dialect is DIALECTS["responses"]:
             earlier = await self.store.recall(body, call.receipt.caller)
         turn = call.dialect.parse(body, earlier)
         known = isinstance(asked, str) and 0 < len(asked) <= 256
         call.asked = asked if known else turn.model     # the reply repeats the body's
-        alias = alias_of(self.settings.models, turn.model)
         effort = alias.get("effort") or self.settings.effort
         if "x-cc-effort" in headers:
             turn = with_effort(turn, headers["x-cc-effort"], "X-CC-Effort")
         elif effort and not {"effort", "thinking"} & set(turn.fields):
             turn = with_effort(turn, effort, "")
-        call.backend = call.route[0] or alias.get("backend") or self.settings.backend
         system = alias.get("system", ""), turn.system
         if call.backend == "agent":
             turn = self._for_agent(call, turn, alias)
             system = self.settings.append_system_prompt, *system
-        else:
-            unused = [name for name in AGENT_HEADERS if name.lower() in headers]
-            unused += ["session_id"] * bool(turn.session)
-            turn = replace(turn, session="", ignored=(*turn.ignored, *unused))
+        turn = replace(turn, ignored=(*turn.ignored, *unused),
+                       system="\n\n".join(filter(None, system)))
         call.receipt.ignored = list(turn.ignored)
-        return replace(turn, system="\n\n".join(filter(None, system)))
+        return turn
 
     def _for_agent(self, call: Call, turn: Turn, alias: Mapping[str, str]) -> Turn:
         """A turn that Claude Code is to play, in the workspace that is meant."""
         headers, settings = call.request.headers, self.settings
-        self._identify(call, True)
         names, messages = list(settings.workspaces), turn.messages
         workspace = headers.get("x-cc-workspace") or alias.get("workspace", "")
-        need(workspace, "X-CC-Workspace", str, among=("", *names))
-        session = headers.get("x-cc-session") or turn.session
-        if session and not re.fullmatch(SESSION_NAME, session, re.ASCII):
+        if workspace not in ("", *names):
+            raise refusal("X-CC-Workspace", "expected one of " + ", ".join(names) if names else
+                          "no workspaces are configured here")
+        if "permission_mode" in alias and workspace != alias.get("workspace", workspace):
+            raise refusal("X-CC-Workspace", f"the model {turn.model!r} works in "
+                          f"{alias['workspace']!r} only, since its permission mode is for that")
+        if turn.session and not re.fullmatch(SESSION_NAME, turn.session, re.ASCII):
             raise refusal("X-CC-Session" if "x-cc-session" in headers else "session_id",
-                          "expected 1 to 128 letters, digits and any of . _ : @ -")
+                          "expected 1 to 128 letters, digits and, behind the first, . _ : @ -")
         busy = need(headers.get("x-cc-session-busy", "wait"), "X-CC-Session-Busy", str,
                     among=("wait", "reject"))
         verbosity = need(headers.get("x-cc-verbosity") or alias.get("verbosity")
                          or settings.verbosity, "X-CC-Verbosity", str, among=VERBOSITIES)
         call.rendering = Rendering("text" if turn.schema is not None else verbosity,
-                                   call.dialect is not DIALECTS["chat"],
-                                   call.dialect is DIALECTS["messages"])
+                                   call.dialect is not DIALECTS["chat"])
         if settings.ask_workspace and not workspace:
             workspace, messages = chosen_workspace(messages, names)
             call.asks = not workspace
@@ -5317,24 +5510,33 @@ class App:
         kept = [{**m, "content": [b for b in m["content"] if b["type"] not in THOUGHTS]}
                 for m in messages]          # what they were thought about is not all there
         return replace(turn, messages=tuple(m for m in kept if m["content"]), fields=fields,
-                       ignored=ignored, session=session, wants={**turn.wants, "busy": busy},
+                       ignored=ignored, wants={**turn.wants, "busy": busy},
                        launch=self.conversations.launch(workspace, alias.get("permission_mode", "")))
 
     async def _bind(self, call: Call) -> None:
         """Bring a turn of a session to the session's own place."""
         turn, (caller, name) = call.turn, (call.receipt.caller, call.turn.session)
         session = await self.sessions.find(caller, name)
+        if not self.sessions.latest(caller, session):   # it went on elsewhere, or was deleted
+            await self.conversations.end_session(caller, name)
         if session is None:
-            call.turn = replace(turn, launch=replace(turn.launch, kept=True))
+            launch, messages = turn.launch, turn.messages
+            if call.asks:
+                workspace, rest = self.sessions.choose(caller, name, messages,
+                                                       self.settings.workspaces)
+                call.asks, messages = not workspace, rest or messages
+                launch = self.conversations.launch(workspace, launch.permission_mode)
+            call.turn = replace(turn, messages=messages, launch=replace(launch, kept=True))
             return
-        workspace, own = session["workspace"], own_directory(session)
+        workspace, own = session["workspace"], self.sessions.own(session)
         if turn.launch.workspace not in ("", workspace) or workspace not in (
                 "", *self.settings.workspaces):
             raise ApiError("conflict", f"session {name!r} belongs to another workspace, "
                            f"{workspace or 'none with a name'!r}", "X-CC-Workspace")
         launch = self.conversations.launch(workspace, turn.launch.permission_mode)
         if own:
-            os.makedirs(session["cwd"], mode=0o700, exist_ok=True)
+            with contextlib.suppress(OSError):      # spawning says so
+                os.makedirs(session["cwd"], mode=0o700, exist_ok=True)
         call.asks = False
         call.turn = replace(turn, launch=replace(
             launch, kept=True, resume=session["cli"], cwd=session["cwd"] if own else launch.cwd))
@@ -5516,7 +5718,7 @@ class App:
 
     async def _permission_news(self, call: Call) -> None:
         """Questions as events, as they come and are answered; first those that are pending."""
-        connection, beat_s = call.connection, self.settings.heartbeat
+        connection, beat_s = call.connection, min(15.0, self.settings.heartbeat)
         if call.request.method == "HEAD":
             return await call.send(200, {})
         with self.permissions.listening() as news:
@@ -5814,27 +6016,34 @@ def printable(text: str) -> str:
 def changes(said: dict) -> list[str]:
     """An edit or a new file as lines of a diff."""
     import difflib
-    old, new = said.get("old_string"), said.get("new_string", said.get("content"))
-    lines = difflib.unified_diff(str(old or "").splitlines(), str(new or "").splitlines(), "", "",
-                                 lineterm="")
-    return [line for line in lines if not line.startswith(("---", "+++"))]
+    old, new = said.pop("old_string", ""), said.pop("new_string", "") or said.pop("content", "")
+    lines = difflib.unified_diff(str(old).splitlines(), str(new).splitlines(), lineterm="")
+    return list(lines)[2:]                  # behind the names of the files
 
 
 def shown_question(question: dict) -> str:
-    """A question about a permission, for a terminal."""
-    said, where = question["input"], question.get("workspace") or "a private directory"
-    path = said.get("file_path") or said.get("notebook_path")
-    edits = said["edits"] if isinstance(said.get("edits"), list) else [said]
-    if path and any(isinstance(e, dict) and {"new_string", "content"} & set(e) for e in edits):
-        lines = [str(path), *(line for edit in edits for line in changes(edit))]
-    elif isinstance(said.get("command"), str):
-        lines = said["command"].splitlines()
-    else:
-        lines = json.dumps(said, indent=2, ensure_ascii=False).splitlines()
+    """A question about a permission, for a terminal: all of it, what it is about indented."""
+    left = dict(question["input"])
+    where = question.get("workspace") or "its own directory"
+    path, lines = left.pop("file_path", left.pop("notebook_path", None)), []
+    edits = left.pop("edits") if isinstance(left.get("edits"), list) and all(
+        isinstance(edit, dict) for edit in left["edits"]) else []
+    lines += [str(path)] if path is not None else []
+    for edit in (left, *map(dict, edits)):
+        if {"new_string", "content"} & set(edit):
+            lines += changes(edit)
+        if edit is not left and edit:
+            lines.append(json.dumps(edit, ensure_ascii=False))
+    if isinstance(left.get("command"), str):
+        lines += left.pop("command").splitlines()
+    lines += json.dumps(left, indent=2, ensure_ascii=False).splitlines() if left else []
     more = [f"... {len(lines) - SHOWN_LINES} more lines"] * (len(lines) > SHOWN_LINES)
-    why = [str(question[name]) for name in ("description", "decision_reason") if question.get(name)]
-    return "\n".join(map(printable, [f"{question['tool_name']} in {where}", *(
-        "    " + line for line in [*lines[:SHOWN_LINES], *more]), *why]))
+    why = [f"{label}: {gist(question[name], 400)}" for label, name in (
+        ("about", "description"), ("asked because", "decision_reason"), ("always means", "always"))
+        if question.get(name)]
+    return "\n".join(printable(line).replace("\n", "\\n") for line in [
+        f"{question['tool_name']} in {where}", *(
+            "    " + line for line in [*lines[:SHOWN_LINES], *more]), *why])
 
 
 class Approver:
@@ -5845,13 +6054,16 @@ class Approver:
         self.url, self.key, self.queue = url.rstrip("/"), key, queue.Queue()
         self.open: dict[str, dict] = {}         # questions without an answer, in order
         self.away = False                       # it was said that the proxy is
+        self.deaf_until = 0.0
 
     def request(self, path: str, body: dict | None = None) -> Any:
         import urllib.request
+        near = is_loopback(urllib.parse.urlsplit(self.url).hostname or "")     # past all proxies
+        opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * near)
         request = urllib.request.Request(
             self.url + path, data=encode_json(body) if body is not None else None, headers={
                 "Authorization": "Bearer " + self.key, "Content-Type": "application/json"})
-        return urllib.request.urlopen(request, timeout=60)
+        return opener.open(request, timeout=60)
 
     def listen(self) -> None:
         """Put every event into the queue; come back if the proxy was away."""
@@ -5882,6 +6094,8 @@ class Approver:
 
     def run(self) -> int:
         """Until the input ends, or the proxy refuses; the exit code."""
+        with contextlib.suppress(AttributeError, ValueError):
+            sys.stdout.reconfigure(errors="backslashreplace")
         for work in (self.listen, self.read):
             threading.Thread(target=work, daemon=True).start()
         online, ended, tried = False, False, False
@@ -5902,12 +6116,15 @@ class Approver:
                 return 1
             elif value is None:
                 ended = True
+            elif kind == "line" and first and time.monotonic() < self.deaf_until:
+                print("(that came too early) y, n or a? ", end="", flush=True)
             elif kind == "line" and first:
                 self.answer(first, value)
             elif kind == "request":
                 self.open[value["id"]] = value
             elif kind in ("resolved", "expired") and self.open.pop(value["id"], None):
-                print(f"({value['tool_name']}: {value['status']})", flush=True)
+                print(f"\n({printable(value['tool_name'])}: {value['status']})", flush=True)
+                self.deaf_until = time.monotonic() + 1      # what is typed was meant for that
             now = next(iter(self.open), "")
             if now and now != first:
                 self.show(now)
@@ -5921,14 +6138,14 @@ class Approver:
         """What the line says of a question; another line if it says nothing that is known."""
         word, _, why = line.partition(" ")
         body = ANSWERS.get(word.lower())
-        if body is None:
+        if body is None or why.strip() and body["behavior"] == "allow":
             return print("y, n or a? ", end="", flush=True)
-        question = self.open.pop(name)
+        tool = printable(self.open.pop(name)["tool_name"])
         import urllib.error
         try:
-            more = {"message": why.strip()} if why.strip() and word.lower()[0] == "n" else {}
+            more = {"message": why.strip()} if why.strip() else {}
             self.request(f"/permissions/{name}/respond", {**body, **more}).close()
-            print(f"({question['tool_name']}: {ENDINGS[body['behavior']]})", flush=True)
+            print(f"({tool}: {ENDINGS[body['behavior']]})", flush=True)
         except urllib.error.HTTPError as exc:
             print(f"({told_error(exc)})", flush=True)
         except OSError as exc:

@@ -7092,6 +7092,12 @@ def test_two_starts_at_once_agree_on_one_key(tmp_path):
     ({"models": {"a": {"model": 1}}}, "a.model: expected a text"),
     ({"permission_mode": "any"}, "permission_mode: expected one of default"),
     ({"claude_arg": "'"}, "claude_arg: No closing quotation"),
+    ({"allowed_tools": "Bash(git log:*"}, "allowed_tools: '(' is no rule"),
+    ({"allowed_tools": "Bash(a), b)"}, "allowed_tools: ')' is no rule"),
+    ({"allowed_tools": ["Bash(a", "Read"]}, "allowed_tools: '(' is no rule"),
+    ({"disallowed_tools": "Bash (rm)"}, "disallowed_tools: 'Bash (rm)' is no rule"),
+    ({"add_dir": "/none/such"}, "add_dir: /none/such is no directory"),
+    ({"mcp_config": "/none/such.json"}, "mcp_config: /none/such.json is no file"),
     ({"ask_workspace": True}, "ask_workspace: there are no workspaces"),
 ])
 def test_a_setting_of_agents_that_cannot_be_used_is_an_error_at_start(values, problem):
@@ -7113,14 +7119,18 @@ def test_root_bypasses_permissions_only_in_a_sandbox(monkeypatch, values):
 
 
 def test_an_agents_command_line_says_what_the_operator_has_said(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "m.json").write_text("{}")
     flags = {"allowed_tools": ["Read,Bash(git log:*, x)", "Edit"], "disallowed_tools": ["WebFetch"],
-             "max_turns": "7", "add_dir": "/a,/b", "mcp_config": "m.json",
+             "max_turns": "7", "add_dir": f"{tmp_path}/a,{tmp_path}/b/",
+             "mcp_config": os.path.relpath(tmp_path / "m.json"),
              "claude_arg": ["--foo 'a b'", "--bar"], "permission_mode": "plan"}
     settings = ccproxy.load_settings(flags, {})
     launch = ccproxy.Launch(True, "", "", "plan")
     argv = ccproxy.claude_argv(["claude"], "opus", ccproxy.agent_options(launch, settings))
-    assert argv[-7:] == ["--add-dir=/a", "--add-dir=/b", "--mcp-config=m.json", "--foo", "a b",
-                         "--bar", "--model=opus"]
+    assert argv[-7:] == [f"--add-dir={tmp_path}/a", f"--add-dir={tmp_path}/b",
+                         f"--mcp-config={tmp_path}/m.json", "--foo", "a b", "--bar", "--model=opus"]
     assert {"--permission-mode=plan", "--max-turns=7", "--no-session-persistence",
             "--allowedTools=Read,Bash(git log:*, x),Edit"} <= set(argv)
     [denied] = [word for word in argv if word.startswith("--disallowedTools=")]
@@ -7157,6 +7167,7 @@ def test_flags_of_agents_may_be_repeated(tmp_path):
     ("Workspace", "none", "X-CC-Workspace"), ("Workspace", "/etc", "X-CC-Workspace"),
     ("Workspace", "../web", "X-CC-Workspace"), ("Verbosity", "loud", "X-CC-Verbosity"),
     ("Session", "a b", "X-CC-Session"), ("Session", "x" * 129, "X-CC-Session"),
+    ("Session", "..", "X-CC-Session"), ("Session", "a/b", "X-CC-Session"),
     ("Session-Busy", "maybe", "X-CC-Session-Busy"), ("Effort", "huge", "X-CC-Effort")])
 @both_dialects
 def test_a_bad_header_of_agents_is_a_400_that_names_it(tmp_path, dialect, field, value, param):
@@ -7261,6 +7272,40 @@ def test_a_chat_window_is_asked_for_the_workspace_first(tmp_path, dialect, strea
         assert Agent(url, dialect, Workspace="web").ask("hi").text == "hi"
 
 
+def test_an_aliass_permission_mode_stays_in_its_workspace(tmp_path):
+    models = {"free": {"model": "echo", "workspace": "web",
+                       "permission_mode": "bypassPermissions"}}
+    with agency(tmp_path, models=models, i_am_sandboxed=True) as url:
+        assert "ran: ls" in Agent(url, "chat", {"model": "free"}).ask("/run ls").text
+        assert "ran: ls" in Agent(url, "chat", {"model": "free"}, Workspace="web").ask(
+            "/run ls").text
+        said = Agent(url, "chat", {"model": "free"}, Workspace="docs").ask("/run ls")
+        assert (said.status, said.raw["error"]["param"]) == (400, "X-CC-Workspace")
+
+
+def test_a_workspace_that_goes_is_told_without_its_path_and_harms_no_other(tmp_path):
+    with agency(tmp_path, warm=1) as url:
+        assert Agent(url, Workspace="docs").ask("hi").status == 200
+        shutil.rmtree(tmp_path / "docs")
+        time.sleep(0.1)
+        said = [Agent(url, Workspace="docs").ask("hi") for _ in range(2)][-1]
+        assert said.status == 503 and "(workspace docs)" in said.raw["error"]["message"]
+        assert str(tmp_path) not in json.dumps(said.raw)
+        assert Agent(url, Workspace="web").ask("hi").status == 200
+        assert until(lambda: listing(url, "/status")["trouble"] is None)
+
+
+def test_paths_of_the_api_that_are_also_ours_are_relayed_where_it_is_the_default(
+        tmp_path, api, own_key):
+    api.clear()
+    with agency(tmp_path, backend="api", upstream_url=api.url, models={"*": {
+            "backend": "chat"}}) as url:
+        assert ask(url, "GET /v1/sessions", "x-api-key: k").status == 404
+        assert [head[:2] for head in api.heads] == [("GET", "/v1/sessions")]
+        assert listing(url, "/sessions") == {"object": "list", "data": []}
+        assert ask(url, "POST /v1/messages", "x-api-key: k", body={}).status == 400
+
+
 # -- how its tools show
 
 SHOWN_AS = {
@@ -7317,7 +7362,7 @@ def own_result(index, ident, said, is_error=False):
     ({}, "[T]"), ({"n": 1}, '[T: {"n": 1}]'), ({"command": "x" * 200}, "[T: " + "x" * 117 + "...]")])
 def test_a_call_is_narrated_by_its_most_telling_argument(said, shown):
     events = own_call(0, "t1", "T", json.dumps(said))
-    [text] = fold([start(), *ccproxy.Rendering("narrated", True, True).events(events)]).content
+    [text] = fold([start(), *ccproxy.Rendering("narrated", True).events(events)]).content
     assert text == {"type": "text", "text": shown}
 
 
@@ -7325,25 +7370,34 @@ def test_results_are_narrated_by_their_beginning_and_a_failure_is_named():
     events = [*own_call(0, "t1", "Bash", '{"command": "x"}'), *own_result(1, "t1", "a\nb\nc"),
               *own_call(2, "t2", "Read", "{}"), *own_result(3, "t2", "gone", True),
               *own_result(4, "t0", "")]
-    message = fold([start(), *ccproxy.Rendering("narrated", True, True).events(events)])
+    message = fold([start(), *ccproxy.Rendering("narrated", True).events(events)])
     assert "".join(b["text"] for b in message.content) == (
         "[Bash: x]\n\n[Bash gave: a b c (3 lines)]\n\n[Read]\n\n[Read failed: gone]\n\n"
         "[it gave: nothing]")
 
 
-@pytest.mark.parametrize("native, orphans, kinds", [
-    (True, True, ["mcp_tool_result", "text"]), (True, False, ["text", "text"]),
-    (False, False, ["text", "text"])])
-def test_a_result_whose_call_stood_in_an_earlier_message_shows_where_it_can(native, orphans, kinds):
-    rendering = ccproxy.Rendering("verbose", native, orphans)
+@pytest.mark.parametrize("native", [True, False])
+def test_a_result_without_its_call_is_told_as_text(native):
+    rendering = ccproxy.Rendering("verbose", native)
     message = fold([start(), *rendering.events([*own_result(0, "t1", "x"), *text(1, "y")])])
-    assert [b["type"] for b in message.content] == kinds
+    assert [b["text"] for b in message.content] == ["```\nx\n```", "\n\ny"]
+
+
+def test_a_call_has_its_input_at_its_start_and_in_pieces():
+    events = ccproxy.Rendering("verbose", True).events([
+        *text(0, "a"), *own_call(1, "t1", "T", '{"a"', ': 1}'), *own_result(2, "t1", "x"),
+        *text(3, "b")])
+    first, delta = [e for e in events if e["index"] == 1][:2]
+    assert first["content_block"]["input"] == {"a": 1}
+    assert delta["delta"] == {"type": "input_json_delta", "partial_json": '{"a": 1}'}
+    message = fold([start(), *events])
+    assert message.content[1]["input"] == {"a": 1} and message.content[3]["text"] == "\n\nb"
 
 
 def test_blocks_keep_their_order_and_get_new_numbers():
     events = [*thinking(0, "hm"), *text(1, "a"), *own_call(2, "t1", "T", "{}"),
               *call(3, "c1", "mine", '{"a": 1}'), *own_result(4, "t1", "x"), *text(5, "b")]
-    told = ccproxy.Rendering("text", False, False).events([start(), *events, *end()])
+    told = ccproxy.Rendering("text", False).events([start(), *events, *end()])
     starts = [e for e in told if e["type"] == "content_block_start"]
     assert [(e["index"], e["content_block"]["type"]) for e in starts] == [
         (0, "thinking"), (1, "text"), (2, "tool_use"), (3, "text")]
@@ -7429,8 +7483,9 @@ def test_the_message_ends_when_a_client_tool_is_due(early, first):
     assert reply.reusable and message.stop_reason == "tool_use"
     [mine] = [b for b in message.content if b["type"] == "tool_use"]
     assert (mine["name"], mine["input"]) == ("mine", {"a": 1})
-
-
+    assert [b["type"] for b in message.content] == (
+        ["tool_use"] if first == "mine" else ["mcp_tool_use", "tool_use", "mcp_tool_result"])
+    assert list(reply.owed) == (["t1"] if first == "mine" else [])
 def test_what_came_of_an_own_call_after_a_clients_result_is_told_in_the_next_message():
     lines = [ran("c1", "the client's"), ran("t1", [{"type": "text", "text": "x"},
                                                    {"type": "image", "source": {}}]),
@@ -7439,9 +7494,13 @@ def test_what_came_of_an_own_call_after_a_clients_result_is_told_in_the_next_mes
     asked = ccproxy.Turn("m", ({"role": "user", "content": [
         {"type": "tool_result", "tool_use_id": "c1", "content": []}]},), launch=ccproxy.Launch(True))
     reply = ccproxy.AgentReply(asked)
+    reply.owed = {"t1": {"type": "mcp_tool_use", "id": "t1", "name": "Read", "server_name": "s",
+                         "input": {"a": 1}}}
     message = fold([event for line in lines for event in reply.feed(line)])
-    assert reply.done and [b["type"] for b in message.content] == ["mcp_tool_result", "text"]
-    assert message.content[0]["content"] == [{"type": "text", "text": "x"},
+    assert reply.done and [b["type"] for b in message.content] == [
+        "mcp_tool_use", "mcp_tool_result", "text"]
+    assert message.content[0]["input"] == {"a": 1} and not reply.owed
+    assert message.content[1]["content"] == [{"type": "text", "text": "x"},
                                              {"type": "text", "text": "[image]"}]
 
 
@@ -7657,17 +7716,19 @@ def test_the_same_question_as_a_tool_of_mcp(tmp_path):
         assert rpc("ping") == {}
         assert rpc("resources/list")["code"] == -32601
         assert rpc("tools/call", {"name": "other"})["code"] == -32602
+        said = rpc("tools/call", {"name": "check", "arguments": {"tool_name": "x"}})
+        assert said["code"] == -32602 and "params.arguments.input" in said["message"]
         asked = {"name": "check", "arguments": {"tool_name": "Bash", "input": {"command": "ls"}}}
         verdict = json.loads(rpc("tools/call", asked)["content"][0]["text"])
         assert verdict["behavior"] == "deny" and "ccproxy.py approve" in verdict["message"]
-        with Listener(url, lambda question: {"behavior": "allow"}):
+        with Listener(url, lambda question: {"behavior": "allow", "scope": "conversation"}):
             verdict = json.loads(rpc("tools/call", asked)["content"][0]["text"])
         assert verdict == {"behavior": "allow", "updatedInput": {"command": "ls"}}
         notice = ask(url, "POST /mcp/permission/check", "x-api-key: k", body={
             "jsonrpc": "2.0", "method": "notifications/initialized"})
         assert (notice.status, notice.body) == (202, b"")
-        for body, param in (({}, "method"), ({"method": "tools/call", "id": 1, "params": {
-                "name": "check", "arguments": {"tool_name": "x"}}}, "params.arguments.input")):
+        for body, param in (({}, "method"), ({"method": 1, "id": 1}, "method"),
+                            ({"method": "ping", "id": 1, "params": []}, "params")):
             answer = ask(url, "POST /mcp/permission/check", "x-api-key: k", body=body)
             assert (answer.status, answer.error["param"]) == (400, param)
 
@@ -7680,8 +7741,19 @@ ASKED = {"id": "perm_1", "tool_name": "Bash", "input": {"command": "ls"}, "works
 
 @pytest.mark.parametrize("more, shown", [
     ({}, "Bash in web\n    ls"),
-    ({"workspace": "", "description": "List", "decision_reason": "not allowed"},
-     "Bash in a private directory\n    ls\nList\nnot allowed"),
+    ({"workspace": "", "description": "List\n[y]es?", "decision_reason": "not allowed",
+      "always": "this very call"},
+     "Bash in its own directory\n    ls\nabout: List [y]es?\nasked because: not allowed\n"
+     "always means: this very call"),
+    ({"input": {"command": "ls", "args": ["; rm"]}},
+     'Bash in web\n    ls\n    {\n      "args": [\n        "; rm"\n      ]\n    }'),
+    ({"tool_name": "Edit", "input": {"file_path": "/f\n[y]es?", "old_string": "--a",
+                                     "new_string": "++b", "replace_all": True}},
+     'Edit in web\n    /f\\n[y]es?\n    @@ -1 +1 @@\n    ---a\n    +++b\n    {\n      '
+     '"replace_all": true\n    }'),
+    ({"tool_name": "MultiEdit", "input": {"file_path": "/f", "edits": [
+        {"old_string": "a", "new_string": "b", "replace_all": True}]}},
+     'MultiEdit in web\n    /f\n    @@ -1 +1 @@\n    -a\n    +b\n    {"replace_all": true}'),
     ({"input": {"command": "a\n\x1b]0;x\x07b\u202e"}},
      "Bash in web\n    a\n    \\x1b]0;x\\x07b\\x202e"),
     ({"tool_name": "Edit", "input": {"file_path": "/f", "old_string": "a\nb\nc",
@@ -7689,14 +7761,11 @@ ASKED = {"id": "perm_1", "tool_name": "Bash", "input": {"command": "ls"}, "works
      "Edit in web\n    /f\n    @@ -1,3 +1,3 @@\n     a\n    -b\n    +B\n     c"),
     ({"tool_name": "Write", "input": {"file_path": "/f", "content": "x\ny"}},
      "Write in web\n    /f\n    @@ -0,0 +1,2 @@\n    +x\n    +y"),
-    ({"tool_name": "MultiEdit", "input": {"file_path": "/f", "edits": [
-        {"old_string": "a", "new_string": "b"}, 5]}}, None),
+    ({"tool_name": "MultiEdit", "input": {"file_path": "/f", "edits": [5]}},
+     'MultiEdit in web\n    /f\n    {\n      "edits": [\n        5\n      ]\n    }'),
     ({"tool_name": "Odd", "input": {"a": [1, "\u00e9"]}},
      'Odd in web\n    {\n      "a": [\n        1,\n        "\u00e9"\n      ]\n    }')])
 def test_a_question_is_shown_so_that_it_can_be_judged_and_does_no_harm(more, shown):
-    if shown is None:
-        more["input"]["edits"].pop()
-        shown = "MultiEdit in web\n    /f\n    @@ -1 +1 @@\n    -a\n    +b"
     assert ccproxy.shown_question({**ASKED, **more}) == shown
 
 
@@ -7723,6 +7792,12 @@ def test_approve_asks_in_a_terminal_and_sees_what_others_answer(tmp_path):
         assert permit(url, asked["id"], behavior="allow")[0] == 200
         assert "ran: two" in future.result(5).text
         assert "three" in read("conversation? ")        # the next one, without a key pressed
+        write("y\n")
+        read("(that came too early) y, n or a? ")       # it may have been meant for the other
+        time.sleep(1)
+        for line in ("a moment please", "y no wait"):
+            write(line + "\n")
+            read("y, n or a? ")
         write("a\n")
         assert "ran: three" in other.result(5).text
 
@@ -7791,6 +7866,24 @@ def test_a_session_never_goes_on_with_another_permission_mode_or_prompt(tmp_path
         assert until(lambda: listing(url, "/status")["processes"]["all"] == 1)
 
 
+def test_a_session_that_went_on_elsewhere_is_resumed_and_a_deleted_one_is_new(tmp_path):
+    with agency(tmp_path) as one, agency(tmp_path) as two:
+        kinds = [Agent(url, Session="s").ask("hi").headers["X-CC-Conversation"]
+                 for url in (one, one, two, one, one)]
+        assert kinds == ["new", "continued", "resumed", "resumed", "continued"]
+        assert post(two, "/sessions/s", None, AGENT_KEY, "DELETE")[0] == 200
+        assert Agent(one, Session="s").ask("hi").headers["X-CC-Conversation"] == "new"
+
+
+def test_a_window_with_a_session_that_sends_only_what_is_new_is_asked_for_the_workspace(tmp_path):
+    with agency(tmp_path, ask_workspace=True) as url:
+        told = [Agent(url, Session="s").ask(text) for text in (
+            "the task", "?", "docs", "more", "web")]
+        assert [said.text.startswith(ccproxy.WHICH) for said in told[:2]] == [True, True]
+        assert [said.text for said in told[2:]] == ["the task", "more", "web"]
+        assert [said.headers["X-CC-Workspace"] for said in told] == [None, None] + ["docs"] * 3
+
+
 @pytest.mark.parametrize("busy, timeout, status", [
     ("reject", 9, 409), ("wait", 9, 200), (None, 9, 200), (None, 0.2, 409)])
 def test_a_session_plays_one_turn_at_a_time(tmp_path, busy, timeout, status):
@@ -7811,15 +7904,29 @@ def test_sessions_are_their_callers_and_go_when_they_are_old(tmp_path):
     store = ccproxy.Store(str(tmp_path), 30, 2**20, 2**20)
 
     async def work():
-        sessions = ccproxy.Sessions(store, 30)
-        own = tmp_path / "agent-x"
-        own.mkdir()
+        sessions = ccproxy.Sessions(store, 30, str(tmp_path / "sessions"))
+        own, other, foreign = (tmp_path / "sessions" / name for name in (
+            "agent-x", "agent-y", "agent-z"))
+        foreign = tmp_path / "agent-smith"      # the operator's own
+        for path in (own, other, foreign):
+            path.mkdir(parents=True)
         await sessions.keep("a", "s", "", str(own), "uuid")
+        await sessions.keep("a", "t", "", str(foreign), "uuid")
         assert await sessions.find("b", "s") is None and not await sessions.list("b")
         assert not await sessions.delete("b", "s")
         assert (await sessions.find("a", "s"))["cli"] == "uuid"
+        assert await sessions.delete("a", "t") and foreign.exists() and own.exists()
         await store.run(lambda: store._db.execute("UPDATE sessions SET used_at = used_at - 2592001"))
         assert await sessions.find("a", "s") is None and not own.exists()
+        await sessions.keep("b", "s", "", str(other), "uuid")
+        await store.run(lambda: store._db.execute("UPDATE sessions SET used_at = used_at - 2592001"))
+        sessions._swept -= 3600                 # an hour later
+        async with sessions.alone("b", "s", 1):         # its turn is running
+            await sessions.find("c", "s")
+            assert other.exists()
+        sessions._swept -= 3600
+        await sessions.find("c", "s")
+        assert not other.exists() and foreign.exists()
         await store.close()
     asyncio.run(work())
 
@@ -7831,9 +7938,92 @@ def test_what_the_cli_wrote_of_a_session_goes_with_it(tmp_path, monkeypatch):
     (folder / name).mkdir(parents=True)
     for ident in (name, other):
         (folder / f"{ident}.jsonl").write_text("{}")
-    session = {"id": "s", "workspace": "web", "cwd": str(tmp_path), "cli": name}
-    asyncio.run(ccproxy.forget([session, {**session, "cli": "*"}]))
-    assert sorted(os.listdir(folder)) == [f"{other}.jsonl"] and tmp_path.exists()
+    store = ccproxy.Store(str(tmp_path / "state"), 30, 2**20, 2**20)
+
+    async def work():
+        sessions = ccproxy.Sessions(store, 30, str(tmp_path / "sessions"))
+        await sessions.keep("a", "s", "web", str(tmp_path), "*")
+        await sessions.delete("a", "s")
+        assert len(os.listdir(folder)) == 3
+        await sessions.keep("a", "s", "web", str(tmp_path), name)
+        await sessions.keep("a", "s", "web", str(tmp_path), other)      # it began anew
+        assert os.listdir(folder) == [f"{other}.jsonl"]
+        await sessions.delete("a", "s")
+        assert os.listdir(folder) == [] and tmp_path.exists()
+        await store.close()
+    asyncio.run(work())
+
+
+def test_two_turns_of_a_session_never_play_at_once(tmp_path):
+    store, playing, most = ccproxy.Store(str(tmp_path), 30, 2**20, 2**20), [0], [0]
+
+    async def work():
+        sessions = ccproxy.Sessions(store, 30, str(tmp_path))
+
+        async def turn_of(number):
+            async with sessions.alone("a", "s", 5):
+                playing[0] += 1
+                most[0] = max(most[0], playing[0])
+                for _ in range(number % 3):
+                    await asyncio.sleep(0)
+                playing[0] -= 1
+
+        async def impatient():
+            with contextlib.suppress(ApiError, asyncio.TimeoutError):
+                await asyncio.wait_for(turn_of(1), 0.0005)
+        await asyncio.gather(*map(turn_of, range(200)), *(impatient() for _ in range(50)))
+        assert most == [1] and not sessions._busy
+        await store.close()
+    asyncio.run(work())
+
+
+@ALL
+def test_a_session_takes_a_tools_result_alone(tmp_path, dialect):
+    tools = {"chat": [tool("look")], "responses": [tool("look")["function"]],
+             "messages": [{"name": "look", "input_schema": {"type": "object"}}]}[dialect]
+    tools = [{"type": "function", **tools[0]}] if dialect == "responses" else tools
+
+    def agent():
+        return Agent(url, dialect, {"tools": tools}, Session="s")
+    with agency(tmp_path, park_ttl=1.5) as url:
+        said = agent().ask('/call look {"a": 1}')
+        told = agent().ask(*agent().results((said.calls[0][0], "found")))
+        assert (told.text, told.headers["X-CC-Conversation"]) == ("found", "continued")
+        for wrong in ("other", said.calls[0][0]):       # nobody waits for it
+            told = agent().ask(*agent().results((wrong, "found")))
+            assert told.status == 409 and "waits for no such tool result" in (
+                told.raw["error"]["message"])
+        plain = Agent(url, dialect, {"tools": tools})
+        assert plain.ask(*plain.results((said.calls[0][0], "found"))).status == 400
+
+
+@ALL
+@pytest.mark.parametrize("odd", [
+    {"type": "mcp_tool_result", "content": 5}, {"type": "mcp_tool_result", "content": [5]},
+    {"type": "mcp_tool_result", "content": [{"type": "text", "text": 5}]},
+    {"type": "mcp_tool_use"}, {"type": "mcp_tool_use", "name": 5},
+    {"type": "mcp_tool_use", "name": "x", "input": []}])
+def test_an_odd_block_of_an_agents_own_is_a_400(tmp_path, dialect, odd, url):
+    path = PATHS[dialect]
+    for prefix in ("", "/sdk"):
+        items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": [odd]},
+                 {"role": "user", "content": "r"}]
+        body = {"model": "echo", "max_tokens": 9,
+                "input" if dialect == "responses" else "messages": items}
+        answer = ask(url, "POST " + path, body=body)
+        assert answer.status == 400 and "[1].content[0]" in answer.error["message"]
+
+
+@pytest.mark.parametrize("told", [
+    {"type": "mcp_tool_result", "tool_use_id": ["x"], "content": "plain text"},
+    {"type": "mcp_tool_result", "tool_use_id": "x"},
+    {"type": "mcp_tool_use", "id": 5, "name": "x", "text": 5}])
+def test_blocks_of_an_agents_own_come_back_in_a_history_as_lines(url, told):
+    items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": [told]},
+             {"role": "user", "content": "r"}]
+    assert http_post(url, items, "messages").text == "r"
+    answer = http_post(url, [{"role": "user", "content": [told]}], "messages")
+    assert answer.status == 400 and "are the assistant's" in answer.error["message"]
 
 
 # -- processes
@@ -8987,6 +9177,36 @@ def test_a_permission_is_asked_of_who_listens(real, tmp_path):
 
 
 @pytest.mark.real_cli
+def test_always_means_what_was_shown_and_no_more(real, tmp_path):
+    asked = []
+
+    def answer(question):
+        asked.append(question)
+        return {"behavior": "allow", "scope": "conversation"}
+    with agents(real, tmp_path) as url, Listener(url, answer):
+        agent = Agent(url, Workspace="web")
+        for line in ("touch $(echo a)", "touch $(echo a)", "touch $(echo b)", "touch c", "touch d"):
+            said = agent.ask(calls(("Bash", {"command": line, "description": "x"})))
+            assert said.status == 200
+        assert sorted(os.listdir(tmp_path / "web")) == ["a", "b", "c", "d"]
+        lines = [q["input"]["command"] for q in asked]
+        assert lines[:2] == ["touch $(echo a)", "touch $(echo b)"] and lines[2] == "touch c"
+        assert asked[0]["always"] == "this very call"
+        if "touch d" not in lines:          # the CLI's own suggestion covered it: that was shown
+            assert asked[2]["always"] != "this very call"
+
+
+@pytest.mark.real_cli
+def test_the_model_of_a_session_may_change_and_change_back(real, tmp_path):
+    with agents(real, tmp_path, model="sonnet") as url:
+        agent = Agent(url, Session="s")
+        told = [(agent.ask("hi", model=model).headers["X-CC-Conversation"],
+                 "haiku" in real.api.bodies[-1]["model"])
+                for model in ("sonnet", "haiku", "sonnet")]
+        assert told == [("new", False), ("continued", True), ("continued", False)]
+
+
+@pytest.mark.real_cli
 def test_nobody_there_means_no_with_words_that_help(real, tmp_path):
     path = str(tmp_path / "web" / "f.txt")
     with agents(real, tmp_path) as url:
@@ -9024,10 +9244,10 @@ def test_a_tool_of_the_clients_and_one_of_the_agents_in_one_message(
         results = [b for b in blocks_of(real.api.bodies[-1]["messages"][-1]["content"])
                    if b["type"] == "tool_result"]
         assert len(results) == 2 and len(real.api.bodies) == 2
-        types = [[b["type"] for b in m["content"]] for m in agent.messages
-                 if m["role"] == "assistant"]
-        assert ("mcp_tool_use" in types[0]) == (verbosity == "verbose")
-        assert sum(kinds.count("mcp_tool_result") for kinds in types) == (verbosity == "verbose")
+        types = [[b["type"] for b in m["content"] if b["type"].startswith("mcp")]
+                 for m in agent.messages if m["role"] == "assistant"]
+        pair = ["mcp_tool_use", "mcp_tool_result"] * (verbosity == "verbose")
+        assert types[:2] == ([pair, []] if first == "Write" else [[], pair])
         assert agent.ask("next").headers["X-CC-Conversation"] == "continued"
 
 
@@ -9138,7 +9358,7 @@ def cli_environment():
 def test_a_session_needs_only_what_is_new_and_is_one_callers(real, tmp_path):
     with agents(real, tmp_path, warm=1) as url:
         for number, kind in enumerate(("new", "continued")):
-            said = Agent(url, Workspace="web", Session="s").ask(f"q{number}")
+            said = Agent(url, Workspace="web", Session="s").ask(f"heron {number}")
             assert said.headers["X-CC-Conversation"] == kind
         assert [role for role, _ in heard(real.api.bodies[-1])] == ["user", "assistant", "user"]
         [listed] = post(url, "/sessions", None, AGENT_KEY, "GET")[2]["data"]
@@ -9148,7 +9368,7 @@ def test_a_session_needs_only_what_is_new_and_is_one_callers(real, tmp_path):
         assert post(url, "/sessions/s", None, AGENT_KEY, "DELETE")[0] == 404
         assert Agent(url, Session="s").ask("q2").headers["X-CC-Conversation"] == "new"
         left = glob.glob(os.path.join(os.environ["HOME"], ".claude", "projects", "*", "*.jsonl"))
-        assert not any("q0" in Path(path).read_text() for path in left)
+        assert not any("heron 0" in Path(path).read_text() for path in left)
 
 
 def sleeping(word):
