@@ -284,8 +284,8 @@ def rules(value: Any) -> list[str]:
     """"Read, Bash(git log:*), ..." -> its rules; a comma inside of parentheses ends none.
     ValueError for one that could be read as a wider rule."""
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    found = [rule.strip() for rule in re.findall(r"(?:[^,()]|\([^()]*(?:\([^()]*\)[^()]*)*\))+|[()]",
-                                                 text) if rule.strip()]
+    inner = r"\([^()]*(?:\([^()]*\)[^()]*)*\)"
+    found = list(filter(None, map(str.strip, re.findall(rf"(?:[^,()]|{inner})+|[()]", text))))
     for rule in found:
         if not re.fullmatch(r"[^\s()]+(\(.*\))?", rule, re.S):
             raise ValueError(f"{rule[:60]!r} is no rule; expected Tool or Tool(what)")
@@ -428,7 +428,8 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "verbosity": ("text", one_of(*VERBOSITIES), "agent: how its tools show in an answer: "
                   f"{', '.join(VERBOSITIES)}"),
     "session_ttl": (30.0, seconds, "agent: days that a session is kept without use"),
-    "i_am_sandboxed": (False, flag, "agent: this machine is a sandbox; root may bypass permissions"),
+    "i_am_sandboxed": (False, flag, "agent: this machine is a sandbox: root may bypass permissions, "
+                       "too"),
     "max_processes": (8, within(int, 1), "CLI processes at once, spares included"),
     "warm": (2, whole, "spare processes that wait for new conversations"),
     "idle_ttl": (600.0, seconds, "seconds an idle conversation keeps its process"),
@@ -1812,7 +1813,8 @@ def wire_blocks(blocks: list[dict], prefix: str = "") -> list[dict]:
 def wire_tools(turn: Turn) -> list[dict]:
     """The client's tools with names that hold behind the prefix that they may get."""
     cut = len(call_prefix(turn))
-    return [{**tool, "name": wire_name(tool["name"], call_prefix(turn))[cut:]} for tool in turn.tools]
+    return [{**tool, "name": wire_name(tool["name"], call_prefix(turn))[cut:]}
+            for tool in turn.tools]
 
 
 def wire_schema(schema: Any) -> Any:
@@ -1982,7 +1984,8 @@ class Reply:
                  who: str = "claude") -> None:
         self.turn, self._who, self._clock = turn, who, clock
         self._strict = turn.schema is not None
-        self._names = {wire_name(tool["name"], call_prefix(turn)): tool["name"] for tool in turn.tools}
+        self._names = {wire_name(tool["name"], call_prefix(turn)): tool["name"]
+                       for tool in turn.tools}
         self._index: dict[int, int] = {}    # the CLI's index of a block -> ours
         self._held: list[dict] = []         # the answer's events, until the CLI validated them
         self._texts: list[dict] = []        # events of text, until a client's call follows
@@ -3152,16 +3155,7 @@ class Conversations:
             if agent:
                 reply.owed, claude.owed = claude.owed, reply.owed
             while not reply.done:
-                lines = await claude.lines(self.settings.request_timeout if reply.working else
-                                           self.settings.stall_timeout)
-                events = [event for line in lines for event in reply.feed(line)]
-                if reply.model:
-                    self._full_ids.setdefault(model, reply.model)
-                if reply.done:              # the caller folds before the end is told
-                    events.pop()
-                    if not reply.reusable:  # at once: the CLI would ask the model to go on
-                        claude.send(claude.control({"subtype": "interrupt"})) if agent else (
-                            claude.signal(SIGKILL))
+                events = await self._burst(claude, reply, model)
                 if events:
                     self._failures, self.trouble = 0, ""
                     self._undecided.discard(reply)
@@ -3187,9 +3181,27 @@ class Conversations:
             if claude is not None and not kept:
                 self._close(claude)
 
+    async def _burst(self, claude: Claude, reply: Reply, model: str) -> list[dict]:
+        """What a turn's next lines tell, but for its end: the caller folds before that is told."""
+        settings = self.settings
+        lines = await claude.lines(settings.request_timeout if reply.working else
+                                   settings.stall_timeout)
+        events = [event for line in lines for event in reply.feed(line)]
+        if reply.model:
+            self._full_ids.setdefault(model, reply.model)
+        if reply.done:
+            events.pop()
+        if reply.done and not reply.reusable:   # at once: the CLI would ask the model to go on
+            if claude.launch.agent:             # its tools end in its own way
+                claude.send(claude.control({"subtype": "interrupt"}))
+            else:
+                claude.signal(SIGKILL)
+        return events
+
     async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
-        stall_s, last, profile = self.settings.stall_timeout, turn.messages[-1], profile_digest(turn)
+        stall_s, last = self.settings.stall_timeout, turn.messages[-1]
+        profile = profile_digest(turn)
         claude = self._live(session_key(turn, receipt.caller) or chain[-2], last, profile,
                             turn.launch.permission_mode)
         resume = turn.launch.resume if turn.launch.resume not in self._lost and not any(
@@ -3673,9 +3685,9 @@ class Permissions:
         """{"behavior": "allow", "updatedInput", maybe "scope"} or {"behavior": "deny", "message"}.
         """
         if not self.listeners:
-            return {"behavior": "deny", "message": f"{tool} may not run: nobody is there to approve "
-                    "it. The operator can listen with `ccproxy.py approve`, or allow it ahead with "
-                    "--allowed-tools or --permission-mode."}
+            return {"behavior": "deny", "message": f"{tool} may not run: nobody is there to "
+                    "approve it. The operator can listen with `ccproxy.py approve`, or allow it "
+                    "ahead with --allowed-tools or --permission-mode."}
         name, now = "perm_" + secrets.token_hex(12), time.time()
         question = self.asked[name] = {
             "id": name, "object": "permission", "status": "pending", "tool_name": tool,
@@ -3726,6 +3738,8 @@ class Permissions:
             ending["scope"] = need(body["scope"], "scope", str, among=("once", "conversation"))
         for key in {"updatedInput", "scope"} & set(ending) if behavior == "deny" else ():
             raise refusal(key, "goes with allow only")
+        if "updatedInput" in ending and ending.get("scope") == "conversation":
+            raise refusal("scope", "an input that was changed is allowed once")
         future = self._answers.get(name)
         if future is None or future.done():
             raise ApiError("conflict", f"already {question['status']}", "id")
@@ -3764,7 +3778,7 @@ class Permissions:
             need(said.get("tool_name"), where + "tool_name", str),
             need(said.get("input"), where + "input", dict),
             tool_use_id=said.get("tool_use_id"), description=None, decision_reason=None,
-            always="this very call", workspace="", request_id="")
+            always=None, workspace="", request_id="")
         verdict.pop("scope", None)
         return {"content": [{"type": "text", "text": json.dumps(verdict)}]}
 
@@ -3818,7 +3832,7 @@ class Sessions:
                 del self._busy[caller, name]
 
     async def find(self, caller: str, name: str) -> dict | None:
-        """{"id", "workspace", "cwd", "cli", "created_at", "used_at"} of a session, if it is kept."""
+        """A session as a dict of SESSION, if it is kept; times in Unix seconds."""
         await self._sweep()
         found = next(iter(await self._store.run(self._store.sessions, caller, name)), None)
         if found and found["used_at"] < time.time() - self._ttl_s:
@@ -5457,7 +5471,8 @@ class App:
         call.backend = call.route[0] or alias.get("backend") or self.settings.backend
         if call.backend == "agent":
             self._identify(call, True)
-            body.update({"session_id": headers["x-cc-session"]} if "x-cc-session" in headers else {})
+            session = headers.get("x-cc-session", "")
+            body.update({"session_id": session} if session else {})
         else:
             unused = [name for name in AGENT_HEADERS if name.lower() in headers]
             unused += ["session_id"] * (body.pop("session_id", None) is not None)
@@ -5511,7 +5526,8 @@ class App:
                 for m in messages]          # what they were thought about is not all there
         return replace(turn, messages=tuple(m for m in kept if m["content"]), fields=fields,
                        ignored=ignored, wants={**turn.wants, "busy": busy},
-                       launch=self.conversations.launch(workspace, alias.get("permission_mode", "")))
+                       launch=self.conversations.launch(
+                           workspace, alias.get("permission_mode", "")))
 
     async def _bind(self, call: Call) -> None:
         """Bring a turn of a session to the session's own place."""

@@ -7626,7 +7626,8 @@ def test_an_answer_may_deny_with_words_or_change_the_input(tmp_path, body, text)
     ({"behavior": "allow", "scope": "ever"}, "scope"), ({"behavior": "allow", "x": 1}, "x"),
     ({"behavior": "deny", "message": 1}, "message"),
     ({"behavior": "deny", "updatedInput": {}}, "updatedInput"),
-    ({"behavior": "deny", "scope": "once"}, "scope")])
+    ({"behavior": "deny", "scope": "once"}, "scope"),
+    ({"behavior": "allow", "scope": "conversation", "updatedInput": {}}, "scope")])
 def test_an_answer_that_says_nothing_clear_is_a_400_and_the_question_stays(tmp_path, body, param):
     with agency(tmp_path) as url, Listener(url), ThreadPoolExecutor(1) as pool:
         future, asked = asking(url, pool)
@@ -8036,7 +8037,7 @@ def test_the_family_of_a_process_has_its_orphans(tmp_path):
     shell = subprocess.Popen(["sh", "-c", f"(setsid sleep {seconds} &); sleep {seconds}; true"],
                              env={**os.environ, name: value}, start_new_session=True)
     try:
-        assert until(lambda: len(ccproxy.family(shell.pid, mark)) == 2)
+        assert until(lambda: len(ccproxy.family(shell.pid, mark)) == 2, 20), processes()
         assert len(ccproxy.family(shell.pid, "none=1")) == 1
         assert shell.pid not in ccproxy.family(shell.pid, mark)
     finally:
