@@ -421,7 +421,7 @@ class Events(list):
 def connect(url, path, body, headers=None, method="POST"):
     """Send a request: (connection, response whose body is not read yet)."""
     parts = urllib.parse.urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=20)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
     data = None if body is None else json.dumps(body)
     try:
         connection.request(method, path, data, {"Content-Type": "application/json",
