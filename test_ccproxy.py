@@ -7466,6 +7466,23 @@ def test_messages_of_a_turn_become_one_with_new_numbers_and_the_usage_of_all():
     assert indexes == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("name, words, failed", [
+    ("agent-permission-allow", "File created successfully", False),
+    ("agent-permission-deny", "User said no", True)])
+def test_a_recorded_turn_of_an_agents_is_one_message_with_the_clis_own_usage(name, words, failed):
+    lines = from_cli(name)
+    reply, events = agent_reply(lines)
+    message, result = fold(events), lines[-1]
+    assert reply.done and reply.reusable and result["type"] == "result"
+    use, ran_, said = message.content
+    assert (use["type"], use["name"], use["input"]["content"]) == ("mcp_tool_use", "Write", "hi")
+    assert (ran_["type"], ran_["tool_use_id"], ran_["is_error"]) == (
+        "mcp_tool_result", use["id"], failed)
+    assert words in ccproxy.result_text(ran_) and words in said["text"]
+    assert message.usage == {       # as the CLI's result said it, before it was trimmed
+        "input_tokens": 20, "output_tokens": 14, "cache_read_input_tokens": 0}
+
+
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("first", ["own", "mine"])
 def test_the_message_ends_when_a_client_tool_is_due(early, first):
