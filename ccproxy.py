@@ -2598,7 +2598,8 @@ def family(pid: int, mark: str) -> set[int]:
             with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
                 parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
             with open(f"/proc/{name}/environ", "rb") as file:
-                found |= {int(name)} if mark.encode() in file.read().split(b"\0") else set()
+                found |= {int(name)} if mark and mark.encode() in file.read().split(
+                    b"\0") else set()
     if POSIX and not names:
         with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
             told = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True,

@@ -656,6 +656,7 @@ class Listener:
 
     def __init__(self, url, answer=None, headers=AGENT_KEY):
         self.url, self.headers, self.answer, self.events = url, headers, answer, []
+        self.status = 0                     # of his last answer
 
     def __enter__(self):
         self.connection, self.response = connect(self.url, "/permissions/stream", None,
@@ -7634,7 +7635,7 @@ def test_a_question_is_told_listed_shown_and_answered_once(tmp_path):
 def test_an_answer_may_deny_with_words_or_change_the_input(tmp_path, body, text):
     with agency(tmp_path) as url, Listener(url, lambda question: body) as listener:
         assert Agent(url).ask("/run ls").text == f"I will run it.\n\n{text}"
-        assert listener.status == 200
+        assert until(lambda: listener.status == 200)
 
 
 @pytest.mark.parametrize("body, param", [
@@ -8054,7 +8055,10 @@ def test_the_family_of_a_process_has_its_orphans(tmp_path):
     shell = subprocess.Popen(["sh", "-c", f"(setsid sleep {seconds} &); sleep {seconds}; true"],
                              env={**os.environ, name: value}, start_new_session=True)
     try:
-        assert until(lambda: len(ccproxy.family(shell.pid, mark)) == 2, 20), processes()
+        def shown():
+            return {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in
+                    (shell.pid, *ccproxy.family(shell.pid, mark)) if os.path.exists(f"/proc/{pid}")}
+        assert until(lambda: len(ccproxy.family(shell.pid, mark)) == 2), (shown(), shell.poll())
         assert len(ccproxy.family(shell.pid, "none=1")) == 1
         assert shell.pid not in ccproxy.family(shell.pid, mark)
     finally:
