@@ -5871,7 +5871,8 @@ def serve(settings: Settings | None = None) -> None:
     app = App(settings)
 
     def announce() -> None:
-        key = "your key" if settings.api_key else "any key"
+        key = "your key" if settings.api_key else "the key made at the first start" if (
+            settings.backend == "agent") else "any key"
         print(f"ccproxy {__version__}  OPENAI_BASE_URL={app.url}/v1  ANTHROPIC_BASE_URL={app.url}  "
               f"({key})", flush=True)
         if not is_loopback(settings.host) and not settings.tls_cert:

@@ -7056,6 +7056,7 @@ def test_agents_need_a_key_also_on_loopback_and_one_is_made_once(tmp_path):
         assert (tmp_path / "state" / "agent-key.sha256").stat().st_mode & 0o777 == 0o600
     with command(tmp_path, "--backend", "agent") as proxy:
         assert "ccp-" not in proxy.stderr.read_text()
+        assert "(the key made at the first start)" in proxy.banner
         assert ask(proxy.url, "POST /v1/messages", body=question("hi")).status == 401
         assert ask(proxy.url, "POST /v1/messages", f"authorization: Bearer {key}",
                    body=question("hi")).status == 200
@@ -9509,8 +9510,10 @@ def test_what_the_operator_says_at_the_start_reaches_claude_code(real, tmp_path)
         assert "\n".join(block["text"] for block in body["system"]).endswith(
             "Be kind.\n\nSpeak German.")
         assert body["output_config"]["effort"] == "high" and body["model"] == MODEL
+        client.ask("hi", reasoning_effort="medium")
+        assert real.api.bodies[-1]["output_config"]["effort"] == "medium"
         client.headers = {**AGENT_KEY, "X-CC-Effort": "low"}
-        client.ask("hi")
+        client.ask("hi", reasoning_effort="medium")
         assert real.api.bodies[-1]["output_config"]["effort"] == "low"
 
 
@@ -9522,6 +9525,20 @@ def test_an_agent_works_in_cwd_where_no_workspace_is_named(real, tmp_path):
         status, _, counted = post(url, "/sdk/v1/messages/count_tokens", {
             "model": MODEL, "messages": [{"role": "user", "content": "hi"}]}, AGENT_KEY)
         assert status == 200 and counted["input_tokens"] > 1000     # its own prompt, tools
+
+
+@pytest.mark.real_cli
+def test_an_agents_spare_that_was_initialised_ahead_leaves_no_trace(real, tmp_path):
+    with agents(real, tmp_path, warm=2) as url:
+        for line, more in (("first", {}), ("second", {}), ("third", {"Session": "s"}),
+                           ("fourth", {"Session": "t"})):
+            said = Agent(url, "messages", {"system": "Be brief."}, Workspace="web", **more).ask(line)
+            assert said.headers["X-CC-Conversation"] == "new"
+            assert heard(real.api.bodies[-1]) == [("user", [real_text(line)])]
+            assert wait_until(lambda: listing(url, "/status")["processes"]["spare"] >= 2, 20)
+        assert Agent(url, Session="t", fields={"system": "Be brief."}).ask("fifth").headers[
+            "X-CC-Conversation"] == "continued"
+    assert len(real.api.bodies) == 5
 
 
 # -- the CLI as a client of /api
