@@ -287,7 +287,7 @@ def rules(value: Any) -> list[str]:
     inner = r"\([^()]*(?:\([^()]*\)[^()]*)*\)"
     found = list(filter(None, map(str.strip, re.findall(rf"(?:[^,()]|{inner})+|[()]", text))))
     for rule in found:
-        if not re.fullmatch(r"[^\s()]+(\(.*\))?", rule, re.S):
+        if not re.fullmatch(r"[^\s()]+(\(.+\))?", rule, re.S):
             raise ValueError(f"{rule[:60]!r} is no rule; expected Tool or Tool(what)")
     return found
 
@@ -428,8 +428,8 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "verbosity": ("text", one_of(*VERBOSITIES), "agent: how its tools show in an answer: "
                   f"{', '.join(VERBOSITIES)}"),
     "session_ttl": (30.0, seconds, "agent: days that a session is kept without use"),
-    "i_am_sandboxed": (False, flag, "agent: this machine is a sandbox: root may bypass permissions, "
-                       "too"),
+    "i_am_sandboxed": (False, flag, "agent: this machine is a sandbox: root, too, may bypass "
+                       "permissions"),
     "max_processes": (8, within(int, 1), "CLI processes at once, spares included"),
     "warm": (2, whole, "spare processes that wait for new conversations"),
     "idle_ttl": (600.0, seconds, "seconds an idle conversation keeps its process"),
@@ -2623,7 +2623,7 @@ class Claude:
         self.launch, self._permit, self._mark = launch, permit, mark
         self.home = ""                          # a directory that goes with it
         self.receipt: Receipt | None = None     # of the turn that it plays
-        self.allowed: list[list] = []           # [tool, input] of calls that may always run
+        self.allowed: set[str] = set()          # calls that may always run: [tool, input] in JSON
         self.owed: dict[str, dict] = {}         # own calls behind a client's, see AgentReply
 
         self._permits: dict[str, asyncio.Task] = {}     # request id -> the question about a tool
@@ -2642,6 +2642,8 @@ class Claude:
         self._calls: dict[str, tuple[str, dict]] = {}   # tool_use id -> its open tools/call
         self._results: dict[str, dict] = {}             # tool_use id -> result not asked for yet
         self._inbox: deque | None = None        # lines of the running turn
+        self._shown: set[str | None] = set()    # ids of calls that it has told
+        self.stored = bool(launch.resume)       # somebody knows the session that it keeps
         self._wake: asyncio.Future | None = None        # done when something has come
         self._stderr: deque = deque(maxlen=20)
         self._tasks = [loop.create_task(self._pump()), loop.create_task(self._listen())]
@@ -2726,8 +2728,10 @@ class Claude:
             self.cost = line.get("total_cost_usd") or self.cost
         elif kind == "system" and line.get("subtype") == "init":
             self.init = line
-        elif kind == "stream_event" and self._inbox is None and not line.get("parent_tool_use_id"):
-            raise Died("claude went on without being asked")
+        elif kind == "stream_event" and not line.get("parent_tool_use_id"):
+            if self._inbox is None:
+                raise Died("claude went on without being asked")
+            self._shown.add((line["event"].get("content_block") or {}).get("id"))
         if self._inbox is not None:
             self._inbox.append(line)
         self._wake_up()
@@ -2737,6 +2741,9 @@ class Claude:
         if message.get("method") == "tools/call":
             call = message["params"]["_meta"]["claudecode/toolUseId"]
             self._calls[call] = (request_id, message)
+            if self.launch.agent and call not in self._shown:       # no client hears of it
+                self._results[call] = {"is_error": True, "content": [
+                    {"type": "text", "text": "Only the main agent can call this tool."}]}
             self._answer_calls()
             if call in self._calls and self._inbox is not None:
                 self._inbox.append({"type": "tools_call", "id": call})
@@ -2822,9 +2829,9 @@ class Claude:
 
     def begin(self, lines: list[dict], message: dict) -> None:
         """Start a turn with the user's message, or go on with a parked one by its tool results."""
-        self._inbox = deque()
+        self._inbox, self._shown = deque(), set(self.awaited)
         if self.awaited:
-            self._results = {block["tool_use_id"]: block for block in message["content"]}
+            self._results.update({block["tool_use_id"]: block for block in message["content"]})
             self.send(*lines)
             self._answer_calls()
         else:
@@ -3025,7 +3032,46 @@ def digest_chain(turn: Turn, caller: str, model: str) -> list[bytes]:
 
 def session_place(settings: Settings) -> str:
     """Where the directories of sessions are that have no workspace."""
-    return os.path.join(state_dir(settings), "sessions")
+    return os.path.join(os.path.realpath(state_dir(settings)), "sessions")
+
+
+def remove(path: str) -> None:
+    """Remove a file, a link or a directory with all in it, as far as that goes."""
+    with contextlib.suppress(OSError):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.remove(path)
+
+
+def remove_transcripts(session_id: str) -> None:
+    """Remove what the CLI has written down of one of its sessions."""
+    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.path.expanduser("~"), ".claude")
+    if re.fullmatch(r"[0-9a-f-]{36}", session_id):
+        for path in glob.glob(os.path.join(glob.escape(home), "projects", "*", session_id + "*")):
+            remove(path)
+
+
+def results_alone(message: dict) -> dict:
+    """A user's message with tool results and texts, the texts in the last of the results."""
+    results = [dict(b) for b in message["content"] if b["type"] == "tool_result"]
+    texts = [b for b in message["content"] if b["type"] == "text"]
+    if not results or len(results) + len(texts) < len(message["content"]):
+        return message
+    results[-1]["content"] = [*results[-1]["content"], *texts]
+    return {**message, "content": results}
+
+
+def results_as_texts(message: dict) -> dict:
+    """A user's message whose tool results are told as text: nobody waits for them any more."""
+    blocks: list[dict] = []
+    for block in message["content"]:
+        if block["type"] == "tool_result":
+            head = f"[The result of the tool call {block['tool_use_id']}]"
+            blocks += [{"type": "text", "text": head}, *block["content"]]
+        else:
+            blocks.append(block)
+    return {**message, "content": blocks}
 
 
 def session_key(turn: Turn, caller: str) -> bytes:
@@ -3170,6 +3216,7 @@ class Conversations:
                     raise reply.failed
             receipt.session = claude.init.get("session_id", "") if turn.session else ""
             receipt.home, claude.home = (claude.home, "") if turn.session else ("", claude.home)
+            claude.stored = bool(turn.session)
             claude.owed = reply.owed if agent else {}
             kept = reply.reusable and self._rest(claude, turn, chain, message)
             if not kept:
@@ -3204,21 +3251,22 @@ class Conversations:
     async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
         stall_s, last = self.settings.stall_timeout, turn.messages[-1]
-        profile = profile_digest(turn)
-        claude = self._live(session_key(turn, receipt.caller) or chain[-2], last, profile,
-                            turn.launch.permission_mode)
-        resume = turn.launch.resume if turn.launch.resume not in self._lost and not any(
-            block["type"] == "tool_result" for block in last["content"]) else ""
+        profile, session = profile_digest(turn), session_key(turn, receipt.caller)
+        last = results_alone(last) if session else last
+        claude = self._live(session or chain[-2], last, profile, turn.launch.permission_mode)
+        resume = turn.launch.resume if turn.launch.resume not in self._lost else ""
         receipt.conversation = "continued" if claude else "resumed" if resume else (
             "rebuilt" if len(chain) > 2 else "new")
         if resume and not claude and self._closers:     # one may still write that session down
             await asyncio.wait(set(self._closers), timeout=3)
-        if claude is None and any(b["type"] == "tool_result" for b in turn.messages[0]["content"]):
+        if claude is None and not resume and any(
+                block["type"] == "tool_result" for block in turn.messages[0]["content"]):
             raise ApiError("conflict", f"session {turn.session!r} waits for no such tool result "
                            "(any more); send the conversation from its beginning", "session_id")
         if claude is None:
+            last = results_as_texts(last) if resume else last
             launch = replace(turn.launch, resume=resume)
-            if not resume:
+            if not turn.launch.resume:      # else its directory may be a session's
                 self._want(replace(turn, model=model, messages=(), fields={}, launch=launch))
             claude = await self._fresh(profile, model, launch)
         try:
@@ -3266,6 +3314,9 @@ class Conversations:
                 claude.awaited == {b.get("tool_use_id") for b in last["content"]}
                 and all(map(fits_mcp, last["content"])))):
             return self.idle.pop(key)
+        if claude.launch.kept and claude.alive and same and told:
+            raise ApiError("conflict", "the session waits for no such tool results, but for "
+                           f"{', '.join(sorted(claude.awaited)) or 'none'}", "session_id")
         if claude.launch.kept:              # a session has one process
             self._close(claude)
         return None
@@ -3312,6 +3363,8 @@ class Conversations:
         """A process without a history: a spare, or a new one; waits in line at the cap."""
         self._asleep = False
         await self.command()
+        for spare in [s for s in self.spares if s.home and not os.path.isdir(s.home)]:
+            self._close(spare)
         ready = sorted((s for s in self.spares if s.alive and self._suits(s, profile, model, launch)
                         ), key=lambda s: (s.profile is None, s.model != model, s.born))
         if ready:
@@ -3397,9 +3450,11 @@ class Conversations:
     async def _end(self, claude: Claude) -> None:
         await claude.close()
         self._watch(f"-{claude.process.pid}")
+        run = functools.partial(asyncio.get_running_loop().run_in_executor, None)
         if claude.home:
-            await asyncio.get_running_loop().run_in_executor(
-                None, functools.partial(shutil.rmtree, claude.home, ignore_errors=True))
+            await run(remove, claude.home)
+        if claude.launch.kept and not claude.stored:
+            await run(remove_transcripts, claude.init.get("session_id", ""))
         self._places.release()
         self._changed.set()
 
@@ -3673,7 +3728,8 @@ class Permissions:
         tool, said = str(request.get("tool_name")), request.get("input") or {}
         hints = [hint for hint in request.get("permission_suggestions") or []
                  if isinstance(hint, dict)]
-        if [tool, said] in claude.allowed:
+        call = json.dumps([tool, said], sort_keys=True)
+        if call in claude.allowed:
             return {"behavior": "allow", "updatedInput": said}
         verdict = await self.ask(tool, said, **told, always=what_always_means(hints),
                                  workspace=claude.launch.workspace, request_id=receipt.request)
@@ -3681,7 +3737,7 @@ class Permissions:
         if always and hints:
             verdict["updatedPermissions"] = [{**hint, "destination": "session"} for hint in hints]
         elif always:
-            claude.allowed.append([tool, said])
+            claude.allowed.add(call)
         return verdict
 
     async def ask(self, tool: str, said: dict, **more: Any) -> dict:
@@ -3800,8 +3856,10 @@ class Sessions:
     `place` is where the directories are that belong to sessions; no others are ever removed.
     """
 
-    def __init__(self, store: Store, ttl_days: float, place: str) -> None:
+    def __init__(self, store: Store, ttl_days: float, place: str,
+                 homes: Callable[[], Iterable[str]] = tuple) -> None:
         self._store, self._ttl_s, self._place = store, ttl_days * 86400, place
+        self._homes = homes                 # directories that processes have
         self._busy: dict[tuple[str, str], Seat] = {}
         self._kept: dict[tuple[str, str], float] = {}       # when this proxy kept it last
         self._tasks: dict[tuple[str, str], tuple[dict, ...]] = {}   # that wait for a workspace
@@ -3834,12 +3892,14 @@ class Sessions:
             if not seat.users:
                 del self._busy[caller, name]
 
-    async def find(self, caller: str, name: str) -> dict | None:
-        """A session as a dict of SESSION, if it is kept; times in Unix seconds."""
+    async def find(self, caller: str, name: str, held: bool = False) -> dict | None:
+        """A session as a dict of SESSION, if it is kept; times in Unix seconds.  `held`: alone()
+        is ours, so an old one can go."""
         await self._sweep()
         found = next(iter(await self._store.run(self._store.sessions, caller, name)), None)
         if found and found["used_at"] < time.time() - self._ttl_s:
-            await self.delete(caller, name)
+            if held or (caller, name) not in self._busy:
+                await self.delete(caller, name)
             return None
         return found
 
@@ -3853,14 +3913,18 @@ class Sessions:
             key = old["caller"], old["id"]
             if old["used_at"] < now - self._ttl_s and key not in self._busy:
                 await self.delete(*key)
-        used = {old["cwd"] for old in await self._store.run(self._store.sessions, None, None)}
+        kept = [old["cwd"] for old in await self._store.run(self._store.sessions, None, None)]
+        used = set(map(os.path.basename, [*kept, *self._homes()]))
         await asyncio.get_running_loop().run_in_executor(None, self._remove_unused, used)
 
     def _remove_unused(self, used: set[str]) -> None:
+        """Remove what proxies that were killed have left behind."""
         with contextlib.suppress(OSError):
             for entry in os.scandir(self._place):
-                if entry.path not in used and time.time() - entry.stat().st_mtime > 2 * 86400:
-                    self._remove(entry.path)
+                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > 2 * 86400
+                if old and self.own({"cwd": entry.path}) and entry.name not in used and (
+                        entry.is_dir(follow_symlinks=False)):
+                    remove(entry.path)
 
     def own(self, session: dict) -> bool:
         """Whether a session has a directory that was made for it."""
@@ -3887,6 +3951,7 @@ class Sessions:
 
     async def delete(self, caller: str, name: str) -> bool:
         """Whether there was one; what the CLI has written down of it goes, too."""
+        self._tasks.pop((caller, name), None)
         gone = await self._store.run(self._store.delete_session, caller, name)
         for session in gone:
             await self._forget(session)
@@ -3897,34 +3962,24 @@ class Sessions:
 
     def _wipe(self, session: dict) -> None:
         """Remove the CLI's transcripts of a session, and its directory if that is its own."""
-        home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(
-            os.path.expanduser("~"), ".claude")
-        if re.fullmatch(r"[0-9a-f-]{36}", session["cli"]):
-            for path in glob.glob(os.path.join(glob.escape(home), "projects", "*",
-                                               session["cli"] + "*")):
-                self._remove(path)
+        remove_transcripts(session["cli"])
         if self.own(session):
-            self._remove(session["cwd"])
+            remove(session["cwd"])
 
-    @staticmethod
-    def _remove(path: str) -> None:
-        with contextlib.suppress(OSError):
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                os.remove(path)
-
+    def settled(self, caller: str, name: str) -> None:
+        """It is known where a session works: nothing waits for that."""
+        self._tasks.pop((caller, name), None)
     def choose(self, caller: str, name: str, messages: tuple[dict, ...], names: Iterable[str]
                ) -> tuple[str, tuple[dict, ...]]:
         """As chosen_workspace, for a caller who sends only what is new: his task was kept."""
         task = self._tasks.pop((caller, name), ())
         asked = {"role": "assistant", "content": [{"type": "text", "text": WHICH}]}
-        chosen = chosen_workspace((*task, asked, messages[-1]), names) if task else ("", ())
-        if not chosen[0]:
-            self._tasks[caller, name] = task or messages[:1]
+        workspace = task and chosen_workspace((task[-1], asked, messages[-1]), names)[0]
+        if not workspace:
+            self._tasks[caller, name] = task or messages
             for key in list(self._tasks)[:-20]:
                 del self._tasks[key]
-        return chosen
+        return workspace or "", task
 
 
 def session_object(session: dict) -> dict:
@@ -5323,7 +5378,8 @@ class App:
         self.upstream = Upstream(settings, self.conversations.refusals)
         self.store = Store(state_dir(settings), settings.store_days, settings.store_size,
                            settings.max_body)
-        self.sessions = Sessions(self.store, settings.session_ttl, session_place(settings))
+        self.sessions = Sessions(self.store, settings.session_ttl, session_place(settings),
+                                 lambda: [claude.home for claude in self.conversations.fleet])
         self.key = hashlib.sha256(settings.api_key.encode()).hexdigest() if settings.api_key else ""
         self.server = Server(settings, self.handle, self.refuse)
         if not is_loopback(settings.host) and not settings.api_key:
@@ -5535,15 +5591,17 @@ class App:
     async def _bind(self, call: Call) -> None:
         """Bring a turn of a session to the session's own place."""
         turn, (caller, name) = call.turn, (call.receipt.caller, call.turn.session)
-        session = await self.sessions.find(caller, name)
+        session = await self.sessions.find(caller, name, held=True)
         if not self.sessions.latest(caller, session):   # it went on elsewhere, or was deleted
             await self.conversations.end_session(caller, name)
+        if session or not call.asks:
+            self.sessions.settled(caller, name)
         if session is None:
             launch, messages = turn.launch, turn.messages
             if call.asks:
                 workspace, rest = self.sessions.choose(caller, name, messages,
                                                        self.settings.workspaces)
-                call.asks, messages = not workspace, rest or messages
+                call.asks, messages = not workspace, rest if workspace else messages
                 launch = self.conversations.launch(workspace, launch.permission_mode)
             call.turn = replace(turn, messages=messages, launch=replace(launch, kept=True))
             return
@@ -5748,8 +5806,8 @@ class App:
             connection.write(b": listening\n\n")
             connection.heartbeat = lambda: connection.write(b":\n\n")
             told: Any = ()
-            while told is not None:
-                try:
+            while told is not None and not connection.writer.is_closing():
+                try:                        # until 3.11 wait_for may swallow a cancellation
                     told = await asyncio.wait_for(news.get(), beat_s)
                     frame = sse_frame(told[1], told[0]) if told else b""
                 except asyncio.TimeoutError:
@@ -6024,13 +6082,15 @@ def hand_over(settings: Settings, words: list[str]) -> int:
 
 # -- approve: a terminal that answers what agents ask
 
-SHOWN_LINES = 200           # of a tool's input
+SHOWN_LINES = 2000          # of a tool's input; of a longer one the middle is left out
+DEAF_S = 0.7                # seconds in which what is typed was not meant for a new question
 
 
 def printable(text: str) -> str:
-    """A text that can do a terminal no harm: control and formatting characters are escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else "    " if c == "\t" else
-                   f"\\x{ord(c):02x}" for c in text)
+    """A text that can do a terminal no harm, on one line: control and formatting characters are
+    escaped."""
+    return "".join(c if c.isprintable() else {"\t": "    ", "\n": "\\n"}.get(
+        c, f"\\x{ord(c):02x}") for c in text)
 
 
 def changes(said: dict) -> list[str]:
@@ -6038,14 +6098,15 @@ def changes(said: dict) -> list[str]:
     import difflib
     old, new = said.pop("old_string", ""), said.pop("new_string", "") or said.pop("content", "")
     lines = difflib.unified_diff(str(old).splitlines(), str(new).splitlines(), lineterm="")
-    return list(lines)[2:]                  # behind the names of the files
+    return list(lines)[2:] or [             # behind the names of the files; or only line ends
+        "-" + json.dumps(old, ensure_ascii=False), "+" + json.dumps(new, ensure_ascii=False)]
 
 
 def shown_question(question: dict) -> str:
     """A question about a permission, for a terminal: all of it, what it is about indented."""
     left = dict(question["input"])
     where = question.get("workspace") or "its own directory"
-    path, lines = left.pop("file_path", left.pop("notebook_path", None)), []
+    path, lines = left.pop("file_path", None), []
     edits = left.pop("edits") if isinstance(left.get("edits"), list) and all(
         isinstance(edit, dict) for edit in left["edits"]) else []
     lines += [str(path)] if path is not None else []
@@ -6057,13 +6118,14 @@ def shown_question(question: dict) -> str:
     if isinstance(left.get("command"), str):
         lines += left.pop("command").splitlines()
     lines += json.dumps(left, indent=2, ensure_ascii=False).splitlines() if left else []
-    more = [f"... {len(lines) - SHOWN_LINES} more lines"] * (len(lines) > SHOWN_LINES)
-    why = [f"{label}: {gist(question[name], 400)}" for label, name in (
+    half, left_out = SHOWN_LINES // 2, len(lines) - SHOWN_LINES
+    if left_out > 0:
+        lines[half:-half] = [f"... {left_out} MORE LINES ARE NOT SHOWN ..."]
+    why = [f"{label}: {' '.join(str(question[name]).split())}" for label, name in (
         ("about", "description"), ("asked because", "decision_reason"), ("always means", "always"))
         if question.get(name)]
-    return "\n".join(printable(line).replace("\n", "\\n") for line in [
-        f"{question['tool_name']} in {where}", *(
-            "    " + line for line in [*lines[:SHOWN_LINES], *more]), *why])
+    return "\n".join(map(printable, [f"{question['tool_name']} in {where}", *(
+        "    " + line for line in lines), *why]))
 
 
 class Approver:
@@ -6123,8 +6185,9 @@ class Approver:
             kind, value = self.queue.get()
             first = next(iter(self.open), "")
             tried = tried or kind in ("online", "offline", "refused")
-            if kind == "online":
-                online = True
+            if kind == "online":            # what is pending is told again
+                online, first = True, ""
+                self.open.clear()
                 print(f"listening at {self.url}", flush=True)
             elif kind == "offline":
                 if online or not self.away:
@@ -6144,13 +6207,13 @@ class Approver:
                 self.open[value["id"]] = value
             elif kind in ("resolved", "expired") and self.open.pop(value["id"], None):
                 print(f"\n({printable(value['tool_name'])}: {value['status']})", flush=True)
-                self.deaf_until = time.monotonic() + 1      # what is typed was meant for that
             now = next(iter(self.open), "")
             if now and now != first:
                 self.show(now)
         return 0 if online else 1
 
     def show(self, name: str) -> None:
+        self.deaf_until = time.monotonic() + DEAF_S
         print(f"\n{shown_question(self.open[name])}\n[y]es, [n]o (or n and why), [a]lways in this "
               "conversation? ", end="", flush=True)
 
@@ -6160,7 +6223,8 @@ class Approver:
         body = ANSWERS.get(word.lower())
         if body is None or why.strip() and body["behavior"] == "allow":
             return print("y, n or a? ", end="", flush=True)
-        tool = printable(self.open.pop(name)["tool_name"])
+        question = self.open.pop(name)
+        tool = printable(question["tool_name"])
         import urllib.error
         try:
             more = {"message": why.strip()} if why.strip() else {}
@@ -6168,8 +6232,9 @@ class Approver:
             print(f"({tool}: {ENDINGS[body['behavior']]})", flush=True)
         except urllib.error.HTTPError as exc:
             print(f"({told_error(exc)})", flush=True)
-        except OSError as exc:
-            print(f"(not told: {exc})", flush=True)
+        except OSError as exc:              # it is asked again
+            self.open = {name: question, **self.open}
+            print(f"(not told: {exc}) y, n or a? ", end="", flush=True)
 
 
 ANSWERS: dict[str, dict] = {
@@ -6264,7 +6329,8 @@ def stand_in() -> None:
     def answer() -> None:
         parts = [part for b in history[-1]["content"] for part in (
             b["content"] if b["type"] == "tool_result" else [b])]
-        said = " ".join(p.get("text", f"[{p['type']}]") for p in parts).replace("/ ", "/", 1)
+        said = " ".join(p["text"] if p["type"] == "text" else f"[{p['type']}]"
+                        for p in parts).replace("/ ", "/", 1)
         failure, thinking = re.search(r"/error (\d{3})", said), "/think" in said
         if failure:
             return result(is_error=True, api_error_status=int(failure.group(1)),

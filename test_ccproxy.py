@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -708,8 +709,11 @@ def terminal(tmp_path, url, key="k"):
         shown, _, rest = bytes(held).partition(until_text.encode())
         held[:] = rest
         return (shown.decode() + until_text).replace("\r\n", "\n")
+    def write(text, pause=0.8):             # nobody reads a question faster
+        time.sleep(pause)
+        os.write(master, text.encode())
     try:
-        yield read, lambda text: os.write(master, text.encode())
+        yield read, write
     finally:
         process.kill()
         process.wait()
@@ -7714,6 +7718,24 @@ def test_listeners_are_few_and_do_not_delay_the_end(tmp_path):
     assert not listener.thread.is_alive()
 
 
+def test_listeners_that_come_and_go_while_questions_are_asked_leave_no_place_taken(tmp_path):
+    asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+        "name": "check", "arguments": {"tool_name": "x", "input": {}}}}
+    with agency(tmp_path, permission_timeout=0.02) as url, ThreadPoolExecutor(2) as pool:
+        until_ = time.monotonic() + 1.5
+
+        def ask_on():
+            while time.monotonic() < until_:
+                post(url, "/mcp/permission/check", asked, AGENT_KEY)
+        asking_ = [pool.submit(ask_on) for _ in range(2)]
+        while time.monotonic() < until_:
+            sock = http_connect(url, request("GET /permissions/stream", "x-api-key: k"))
+            sock.recv(400)
+            sock.close()
+        assert all(future.result(9) is None for future in asking_)
+        assert until(lambda: not listing(url, "/status")["permissions"]["listeners"])
+
+
 def test_a_listener_is_told_now_and_then_that_the_proxy_lives(tmp_path):
     with agency(tmp_path, heartbeat=0.05) as url:
         connection, response = connect(url, "/permissions/stream", None, AGENT_KEY, "GET")
@@ -7779,6 +7801,9 @@ ASKED = {"id": "perm_1", "tool_name": "Bash", "input": {"command": "ls"}, "works
     ({"tool_name": "Edit", "input": {"file_path": "/f", "old_string": "a\nb\nc",
                                      "new_string": "a\nB\nc"}},
      "Edit in web\n    /f\n    @@ -1,3 +1,3 @@\n     a\n    -b\n    +B\n     c"),
+    ({"tool_name": "Edit", "input": {"file_path": "/f", "notebook_path": "/g", "old_string": "a\n",
+                                     "new_string": "a\r\n"}},
+     'Edit in web\n    /f\n    -"a\\n"\n    +"a\\r\\n"\n    {\n      "notebook_path": "/g"\n    }'),
     ({"tool_name": "Write", "input": {"file_path": "/f", "content": "x\ny"}},
      "Write in web\n    /f\n    @@ -0,0 +1,2 @@\n    +x\n    +y"),
     ({"tool_name": "MultiEdit", "input": {"file_path": "/f", "edits": [5]}},
@@ -7789,9 +7814,13 @@ def test_a_question_is_shown_so_that_it_can_be_judged_and_does_no_harm(more, sho
     assert ccproxy.shown_question({**ASKED, **more}) == shown
 
 
-def test_a_long_question_is_cut():
-    lines = ccproxy.shown_question({**ASKED, "input": {"command": "x\n" * 500}}).splitlines()
-    assert len(lines) == 202 and lines[-1].strip() == "... 300 more lines"
+def test_a_very_long_question_has_its_end_and_says_what_is_left_out():
+    command = "x\n" * 4999 + "rm -rf ~"
+    lines = ccproxy.shown_question({**ASKED, "input": {"command": command}}).splitlines()
+    assert len(lines) == 2002 and lines[-1].strip() == "rm -rf ~"
+    assert lines[1001].strip() == "... 3000 MORE LINES ARE NOT SHOWN ..."
+    whole = "a" * 3000
+    assert whole in ccproxy.shown_question({**ASKED, "always": whole})
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
@@ -7812,9 +7841,8 @@ def test_approve_asks_in_a_terminal_and_sees_what_others_answer(tmp_path):
         assert permit(url, asked["id"], behavior="allow")[0] == 200
         assert "ran: two" in future.result(5).text
         assert "three" in read("conversation? ")        # the next one, without a key pressed
-        write("y\n")
+        write("y\n", 0)
         read("(that came too early) y, n or a? ")       # it may have been meant for the other
-        time.sleep(1)
         for line in ("a moment please", "y no wait"):
             write(line + "\n")
             read("y, n or a? ")
@@ -7902,6 +7930,28 @@ def test_a_window_with_a_session_that_sends_only_what_is_new_is_asked_for_the_wo
         assert [said.text.startswith(ccproxy.WHICH) for said in told[:2]] == [True, True]
         assert [said.text for said in told[2:]] == ["the task", "more", "web"]
         assert [said.headers["X-CC-Workspace"] for said in told] == [None, None] + ["docs"] * 3
+        assert Agent(url, Session="u").ask("old task").text.startswith(ccproxy.WHICH)
+        assert Agent(url, Session="u", Workspace="web").ask("task").text == "task"
+        assert post(url, "/sessions/u", None, AGENT_KEY, "DELETE")[0] == 200
+        assert Agent(url, Session="u").ask("look at the docs").text.startswith(ccproxy.WHICH)
+        whole = Agent(url, Session="v")
+        whole.messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        assert whole.ask("task").text.startswith(ccproxy.WHICH)
+        assert Agent(url, Session="v").ask("web").text == "task"
+
+
+def test_an_old_session_is_not_deleted_while_its_turn_runs(tmp_path):
+    with agency(tmp_path) as url, ThreadPoolExecutor(1) as pool:
+        Agent(url, Session="s").ask("hi")
+        turn_ = pool.submit(Agent(url, Session="s").ask, "/slow a b c d e f")
+        time.sleep(0.3)
+        db = sqlite3.connect(tmp_path / "state" / "store.db")
+        with db:
+            db.execute("UPDATE sessions SET used_at = 1")
+        db.close()
+        assert post(url, "/sessions/s", None, AGENT_KEY, "GET")[0] == 404
+        assert turn_.result(9).status == 200
+        assert Agent(url, Session="s").ask("hi").headers["X-CC-Conversation"] == "continued"
 
 
 @pytest.mark.parametrize("busy, timeout, status", [
@@ -7947,6 +7997,15 @@ def test_sessions_are_their_callers_and_go_when_they_are_old(tmp_path):
         sessions._swept -= 3600
         await sessions.find("c", "s")
         assert not other.exists() and foreign.exists()
+        left = {name: tmp_path / "sessions" / name for name in ("agent-old", "agent-new",
+                                                                "agent-home", "notes")}
+        for name, path in left.items():
+            path.mkdir()
+            long_ago = time.time() - 3 * 86400 * (name != "agent-new")
+            os.utime(path, (long_ago, long_ago))
+        sessions._homes, sessions._swept = lambda: [str(left["agent-home"]), ""], 0
+        await sessions.find("c", "s")
+        assert [name for name, path in left.items() if not path.exists()] == ["agent-old"]
         await store.close()
     asyncio.run(work())
 
@@ -8009,10 +8068,26 @@ def test_a_session_takes_a_tools_result_alone(tmp_path, dialect):
         said = agent().ask('/call look {"a": 1}')
         told = agent().ask(*agent().results((said.calls[0][0], "found")))
         assert (told.text, told.headers["X-CC-Conversation"]) == ("found", "continued")
+        assert len(listing(url, "/sessions")["data"]) == 1
         for wrong in ("other", said.calls[0][0]):       # nobody waits for it
             told = agent().ask(*agent().results((wrong, "found")))
             assert told.status == 409 and "waits for no such tool result" in (
                 told.raw["error"]["message"])
+        said = agent().ask('/call look {"a": 1}')
+        told = agent().ask(*agent().results(("other", "x")))
+        assert told.status == 409 and said.calls[0][0] in told.raw["error"]["message"]
+        more = {"messages": [{"type": "text", "text": "and"}]}.get(dialect, [])
+        message = agent().results((said.calls[0][0], "found"))[0]
+        if more:                            # a text beside the result
+            message["content"] += more
+        told = agent().ask(message)
+        assert (told.text, told.headers["X-CC-Conversation"]) == (
+            "found and" if more else "found", "continued")
+        said = agent().ask('/call look {"a": 1}')
+        assert until(lambda: not listing(url, "/status")["processes"]["parked"])
+        told = agent().ask(*agent().results((said.calls[0][0], "late")))
+        assert told.headers["X-CC-Conversation"] == "resumed"
+        assert told.text == f"[The result of the tool call {said.calls[0][0]}] late"
         plain = Agent(url, dialect, {"tools": tools})
         assert plain.ask(*plain.results((said.calls[0][0], "found"))).status == 400
 
@@ -9539,6 +9614,40 @@ def test_an_agents_spare_that_was_initialised_ahead_leaves_no_trace(real, tmp_pa
         assert Agent(url, Session="t", fields={"system": "Be brief."}).ask("fifth").headers[
             "X-CC-Conversation"] == "continued"
     assert len(real.api.bodies) == 5
+
+
+@pytest.mark.real_cli
+def test_a_subagent_cannot_call_a_clients_tool_and_nothing_waits_for_it(real, tmp_path):
+    name = ccproxy.PREFIX + "look"
+    prompt = "\n" + calls((name, {"q": 1}))
+    with agents(real, tmp_path, permission_mode="bypassPermissions", i_am_sandboxed=True,
+                request_timeout=25) as url:
+        said = Agent(url, "messages", {"tools": [{"name": "look", "input_schema": {
+            "type": "object"}}]}, Workspace="web").ask(calls(
+                ("Task", {"description": "d", "prompt": prompt, "subagent_type":
+                          "general-purpose"})))
+        assert said.status == 200 and not said.calls, said.raw
+        assert "Only the main agent can call this tool" in json.dumps(real.api.bodies)
+
+
+@pytest.mark.real_cli
+def test_no_transcript_is_left_of_what_is_no_session(real, tmp_path):
+    def transcripts():
+        return set(glob.glob(os.path.join(os.environ["HOME"], ".claude", "projects", "*",
+                                          "*.jsonl")))
+    before = transcripts()
+    with agents(real, tmp_path, warm=2) as url:
+        assert Agent(url, Session="s", Workspace="web").ask("hi").status == 200
+        assert wait_until(lambda: listing(url, "/status")["processes"]["spare"] == 2, 20)
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "SLOW LONG:99"}],
+                "stream": True}
+        connection, response = connect(url, "/sdk/v1/chat/completions", body, {
+            **AGENT_KEY, "X-CC-Session": "t", "X-CC-Workspace": "web"})
+        assert response.read(20)
+        response.close()
+        connection.close()
+        assert wait_until(lambda: post(url, "/sessions/s", None, AGENT_KEY, "DELETE")[0] == 200, 9)
+    assert transcripts() == before
 
 
 # -- the CLI as a client of /api
