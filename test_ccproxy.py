@@ -9638,7 +9638,7 @@ def test_no_transcript_is_left_of_what_is_no_session(real, tmp_path):
     before = transcripts()
     with agents(real, tmp_path, warm=2) as url:
         assert Agent(url, Session="s", Workspace="web").ask("hi").status == 200
-        assert wait_until(lambda: listing(url, "/status")["processes"]["spare"] == 2, 20)
+        assert wait_until(lambda: listing(url, "/status")["processes"]["spare"] == 4, 20)
         body = {"model": MODEL, "messages": [{"role": "user", "content": "SLOW LONG:99"}],
                 "stream": True}
         connection, response = connect(url, "/sdk/v1/chat/completions", body, {
