@@ -2907,9 +2907,13 @@ class Claude:
                 if self.process.returncode is None:
                     await asyncio.sleep(0.02)
         self.signal(SIGKILL)                # what it may have left behind
-        for pid in kin | (await look() if self.launch.agent else set()):
-            with contextlib.suppress(OSError):
-                os.kill(pid, SIGKILL)
+        for _ in range(5 * self.launch.agent):      # they may have had children meanwhile
+            kin |= await look()
+            if not kin:
+                break
+            while kin:
+                with contextlib.suppress(OSError):
+                    os.kill(kin.pop(), SIGKILL)
         self._fail(Died("claude was closed"))
         with contextlib.suppress(OSError, RuntimeError, asyncio.TimeoutError):
             await asyncio.wait_for(self.process.stdin.wait_closed(), 0.1)   # its error is looked at
