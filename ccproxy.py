@@ -2187,9 +2187,7 @@ class AgentReply(Reply):
             return self._part()
         if kind == "result":
             return self._end(line)
-        if kind != "user" or not isinstance(line["message"]["content"], list):
-            return super()._feed(line)
-        if self._strict:
+        if kind != "user" or self._strict or not isinstance(line["message"]["content"], list):
             return super()._feed(line)
         return self._results(line["message"]["content"])
 
@@ -2500,7 +2498,6 @@ class Store:
         self._db.execute("DELETE FROM sessions WHERE caller = ? AND id = ?", (caller, name))
         return found
 
-
     async def close(self) -> None:
         if self._db:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
@@ -2551,6 +2548,10 @@ def check_key(headers: Mapping[str, str], digest: str, needed: bool) -> str:
     return digest[:16] if known else ""
 
 
+def key_digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
 def agent_key(folder: str) -> tuple[str, str]:
     """The digest of the key for agents where the operator sets none, and the key itself when it
     has just been made: only its digest is kept.  OSError if it cannot be."""
@@ -2560,7 +2561,7 @@ def agent_key(folder: str) -> tuple[str, str]:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             handle, draft = tempfile.mkstemp(dir=folder)        # 0600
             with open(handle, "w", encoding="ascii") as file:
-                file.write(hashlib.sha256(key.encode()).hexdigest())
+                file.write(key_digest(key))
             try:
                 os.link(draft, path)
             except OSError:                 # it is there, or the file system knows no links
@@ -2571,8 +2572,7 @@ def agent_key(folder: str) -> tuple[str, str]:
             digest = file.read().strip()
             if not re.fullmatch("[0-9a-f]{64}", digest):
                 raise OSError(f"{path} holds no digest; remove it to have a new key made")
-            made = hashlib.sha256(key.encode()).hexdigest() == digest
-            return digest, key if made else ""
+            return digest, key if key_digest(key) == digest else ""
     raise OSError(f"{path} cannot be made")
 
 
@@ -2625,7 +2625,6 @@ class Claude:
         self.receipt: Receipt | None = None     # of the turn that it plays
         self.allowed: set[str] = set()          # calls that may always run: [tool, input] in JSON
         self.owed: dict[str, dict] = {}         # own calls behind a client's, see AgentReply
-
         self._permits: dict[str, asyncio.Task] = {}     # request id -> the question about a tool
         self.born = self.last_used = loop.time()
         self.model = ""                         # that it was started with
@@ -3206,7 +3205,7 @@ class Conversations:
             claude = await self._claude_for(turn, model, chain, receipt)
             claude.receipt, spent = receipt, claude.cost
             if agent:
-                reply.owed, claude.owed = claude.owed, reply.owed
+                reply.owed = claude.owed    # from turn to turn
             while not reply.done:
                 events = await self._burst(claude, reply, model)
                 if events:
@@ -3218,10 +3217,9 @@ class Conversations:
                     raise Died(reply.failed.message)
                 if reply.failed:
                     raise reply.failed
-            receipt.session = claude.init.get("session_id", "") if turn.session else ""
-            receipt.home, claude.home = (claude.home, "") if turn.session else ("", claude.home)
-            claude.stored = bool(turn.session)
-            claude.owed = reply.owed if agent else {}
+            if turn.session:                # which keeps them
+                receipt.session = claude.init.get("session_id", "")
+                receipt.home, claude.home, claude.stored = claude.home, "", True
             kept = reply.reusable and self._rest(claude, turn, chain, message)
             if not kept:
                 self._close(claude)
@@ -3488,9 +3486,10 @@ class Conversations:
         for last."""
         if self._asleep:
             return
+        profiles = {launch: profile_digest(wanted) for launch, wanted in self._wanted.items()}
         for spare in list(self.spares):     # made for what is asked no more
-            if not any(self._suits(spare, profile_digest(wanted), wanted.model, launch)
-                       for launch, wanted in self._wanted.items()):
+            launch, wanted = spare.launch, self._wanted.get(spare.launch)
+            if wanted is None or not self._suits(spare, profiles[launch], wanted.model, launch):
                 self._close(spare)
         for wanted in reversed(list(self._wanted.values())):    # the last one asked for first
             try:
@@ -5384,7 +5383,7 @@ class App:
                            settings.max_body)
         self.sessions = Sessions(self.store, settings.session_ttl, session_place(settings),
                                  lambda: [claude.home for claude in self.conversations.fleet])
-        self.key = hashlib.sha256(settings.api_key.encode()).hexdigest() if settings.api_key else ""
+        self.key = key_digest(settings.api_key) if settings.api_key else ""
         self.server = Server(settings, self.handle, self.refuse)
         if not is_loopback(settings.host) and not settings.api_key:
             raise ConfigError(f"refusing to listen on {settings.host} without a key: anybody there "
