@@ -5670,6 +5670,7 @@ class App:
             await self._keep(call)
         if events:
             await call.give(events)
+
     def _bursts(self, call: Call) -> AsyncIterator[list[dict]]:
         """The events of a call's answer, from who has to give it."""
         turn = call.turn, call.message, call.receipt

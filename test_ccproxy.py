@@ -8,9 +8,11 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import gc
 import glob
 import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import os
@@ -27,8 +29,10 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import urllib.parse
 import uuid
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -3267,10 +3271,35 @@ def read_all(sock):
     pieces = []
     with sock, contextlib.suppress(ConnectionResetError):
         while True:
-            pieces.append(sock.recv(1 << 18))
+            try:
+                pieces.append(sock.recv(1 << 18))
+            except socket.timeout:
+                pytest.fail(f"no end after {b''.join(pieces)[-300:]!r}\n{standstill()}", False)
             if not pieces[-1]:
                 break
     return b"".join(pieces)
+
+
+def standstill():
+    """What waits where in this process, and bytes that nobody takes: to read when a test hung."""
+    def place(frame):
+        return f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}:{frame.f_lineno}"
+    stacks, told = sys._current_frames(), Counter()
+    for thread in threading.enumerate():
+        frames = [place(frame) for frame, _ in traceback.walk_stack(stacks.get(thread.ident))]
+        told["thread  " + " < ".join(frames[:6])] += 1
+    for thing in gc.get_objects():
+        kind = "cr" if inspect.iscoroutine(thing) else "ag" if inspect.isasyncgen(thing) else ""
+        frame, running = kind and getattr(thing, f"{kind}_frame"), kind and getattr(
+            thing, f"{kind}_running")
+        if frame and (running or frame.f_lasti > 2):
+            told[f"waits   {place(frame)}"] += 1
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[4] != "00000000:00000000":     # of a listener: connections not accepted
+                told["socket  " + " ".join(words[1:5])] += 1
+    return "\n".join(f"{count} x {what}" for what, count in told.items())
 
 
 def talk(url, data, end=False):
@@ -5708,25 +5737,37 @@ class Odd:
     def __init__(self, *answers, context=None):
         self.answers, self.heard, self.connections, self.ended = answers, [], 0, 0
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._context, self._socks = context, []
-        port = self._listener.getsockname()[1]
-        self.url = f"http{'s' if context else ''}://127.0.0.1:{port}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._context, self._socks, self._over = context, [], False
+        self.url = f"http{'s' if context else ''}://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._listener.close()
+        """Its threads end first: one that waited for a socket by a number that has been closed, and
+        given to somebody else's meanwhile, would answer in its place."""
+        self._over = True
+        with contextlib.suppress(OSError):      # that wakes the first one
+            socket.create_connection(self._listener.getsockname()).close()
+        self._threads[0].join()
         for sock in self._socks:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(5)
+        for sock in (self._listener, *self._socks):
             sock.close()
 
     def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                sock = self._listener.accept()[0]
-                self.connections += 1
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+        while True:
+            sock = self._listener.accept()[0]
+            if self._over:
+                return sock.close()
+            self.connections += 1
+            self._threads.append(threading.Thread(target=self._serve, args=(sock,), daemon=True))
+            self._threads[-1].start()
 
     def _serve(self, sock):
         with contextlib.suppress(OSError):
