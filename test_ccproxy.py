@@ -755,17 +755,17 @@ def kill_children(url):
     def noticed():
         now = get(url, "/status")[2]["processes"]
         return now["idle"] + now["parked"] == 0
-    assert wait_until(noticed, 5)
+    assert until(noticed, 5)
 
 
-def wait_until(condition, seconds):
-    """Whether the condition came true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
+def until(condition, within_s=5.0):
+    """The condition's value as soon as it is true, else its last one."""
+    deadline = time.monotonic() + within_s
+    while True:                             # once each time: the next one may say something else
+        value = condition()
+        if value or time.monotonic() > deadline:
+            return value
         time.sleep(0.02)
-    return True
 
 
 class Bench:
@@ -808,7 +808,7 @@ def real(bench):
     """The proxy's .url and the fake .api, which has heard nothing yet, nor will from before."""
     def settled():          # a CLI that is being ended may still have a request under way
         return len(children()) == get(bench.url, "/status")[2]["processes"]["all"]
-    assert wait_until(settled, 10)
+    assert until(settled, 10)
     bench.api.clear()
     return bench
 
@@ -3330,16 +3330,6 @@ def frames(body):
 def together(*jobs):
     with ThreadPoolExecutor(len(jobs)) as pool:
         return [future.result() for future in [pool.submit(job) for job in jobs]]
-
-
-def until(condition, within_s=5.0):
-    """The condition's value as soon as it is true, else its last one."""
-    deadline = time.monotonic() + within_s
-    while True:                             # once each time: the next one may say something else
-        value = condition()
-        if value or time.monotonic() > deadline:
-            return value
-        time.sleep(0.02)
 
 
 def alive(pid):
@@ -9183,7 +9173,7 @@ def test_a_spare_that_was_initialised_ahead_leaves_no_trace(real):
             client = Client(url, "messages", **fields)
             assert client.ask(line).headers["X-CC-Conversation"] == "new"
             assert heard(real.api.bodies[-1]) == [("user", [real_text(line)])]
-            assert wait_until(lambda: get(url, "/status")[2]["processes"]["spare"] == 2, 10)
+            assert until(lambda: get(url, "/status")[2]["processes"]["spare"] == 2, 10)
     assert len(real.api.bodies) == 2
     first, second = map(told, real.api.bodies)
     assert first == {**second, "messages": first["messages"]}
@@ -9200,10 +9190,10 @@ def test_a_client_that_goes_ends_the_turn_and_its_process_within_2_s(real, diale
                        {"Content-Type": "application/json"})
     if streamed:
         assert connection.getresponse().read(20)
-    assert wait_until(lambda: real.api.bodies, 10)
+    assert until(lambda: real.api.bodies, 10)
     before = children()
     connection.close()
-    assert wait_until(lambda: before - children() and real.api.broken, 2)
+    assert until(lambda: before - children() and real.api.broken, 2)
     now = get(real.url, "/status")[2]["processes"]
     assert now["all"] == now["spare"] + now["idle"] + now["parked"]
 
@@ -9228,7 +9218,7 @@ def test_no_child_is_left_when_the_proxy_has_ended(real, tmp_path, number, code)
         assert len(started) >= 2
         proxy.send_signal(getattr(signal, number))
         assert proxy.wait(10) == code
-        assert wait_until(lambda: not started & set(processes()), 0.1 if code == 0 else 5)
+        assert until(lambda: not started & set(processes()), 0.1 if code == 0 else 5)
         connection.close()
     finally:
         proxy.kill()
@@ -9403,7 +9393,7 @@ def test_an_agent_that_is_gone_is_rebuilt_from_the_visible_turns(real, tmp_path)
         for pid in children() - {os.getpid()}:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        assert wait_until(lambda: post(url, "/status", None, AGENT_KEY, "GET")[2]["processes"]["all"] == 0,
+        assert until(lambda: post(url, "/status", None, AGENT_KEY, "GET")[2]["processes"]["all"] == 0,
                           5)
         said = agent.ask("second")
         assert (said.status, said.headers["X-CC-Conversation"]) == (200, "rebuilt"), said.raw
@@ -9489,7 +9479,7 @@ def test_a_session_is_resumed_after_kill_9_of_the_proxy(real, tmp_path):
             time.sleep(pause)
             started = children(proxy.process.pid)
             proxy.process.kill()
-            assert wait_until(lambda: not started & set(processes()), 5)
+            assert until(lambda: not started & set(processes()), 5)
 
 
 def cli_environment():
@@ -9534,7 +9524,7 @@ def test_a_cancelled_agent_leaves_no_process(real, tmp_path, how):
         body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": words}]}
         connection, response = connect(proxy.url, "/sdk/v1/chat/completions", body,
                                        {**AGENT_KEY, "X-CC-Workspace": "web", "X-Request-Id": "mine"})
-        assert wait_until(lambda: len(sleeping(seconds)) == 2, 15)
+        assert until(lambda: len(sleeping(seconds)) == 2, 15)
         before = children(proxy.process.pid)
         if how == "client":
             connection.close()
@@ -9545,8 +9535,8 @@ def test_a_cancelled_agent_leaves_no_process(real, tmp_path, how):
             proxy.process.terminate()
         else:
             proxy.process.kill()
-        assert wait_until(lambda: not sleeping(seconds), 2), how
-        assert wait_until(lambda: not before & set(processes()), 3)
+        assert until(lambda: not sleeping(seconds), 2), how
+        assert until(lambda: not before & set(processes()), 3)
         connection.close()
 
 
@@ -9655,7 +9645,7 @@ def test_an_agents_spare_that_was_initialised_ahead_leaves_no_trace(real, tmp_pa
             said = Agent(url, "messages", {"system": "Be brief."}, Workspace="web", **more).ask(line)
             assert said.headers["X-CC-Conversation"] == "new"
             assert heard(real.api.bodies[-1]) == [("user", [real_text(line)])]
-            assert wait_until(lambda: listing(url, "/status")["processes"]["spare"] >= 2, 20)
+            assert until(lambda: listing(url, "/status")["processes"]["spare"] >= 2, 20)
         assert Agent(url, Session="t", fields={"system": "Be brief."}).ask("fifth").headers[
             "X-CC-Conversation"] == "continued"
     assert len(real.api.bodies) == 5
@@ -9683,7 +9673,7 @@ def test_no_transcript_is_left_of_what_is_no_session(real, tmp_path):
     before = transcripts()
     with agents(real, tmp_path, warm=2) as url:
         assert Agent(url, Session="s", Workspace="web").ask("hi").status == 200
-        assert wait_until(lambda: listing(url, "/status")["processes"]["spare"] == 4, 20)
+        assert until(lambda: listing(url, "/status")["processes"]["spare"] == 4, 20)
         body = {"model": MODEL, "messages": [{"role": "user", "content": "SLOW LONG:99"}],
                 "stream": True}
         connection, response = connect(url, "/sdk/v1/chat/completions", body, {
@@ -9691,7 +9681,7 @@ def test_no_transcript_is_left_of_what_is_no_session(real, tmp_path):
         assert response.read(20)
         response.close()
         connection.close()
-        assert wait_until(lambda: post(url, "/sessions/s", None, AGENT_KEY, "DELETE")[0] == 200, 9)
+        assert until(lambda: post(url, "/sessions/s", None, AGENT_KEY, "DELETE")[0] == 200, 9)
     assert transcripts() == before
 
 
@@ -9735,8 +9725,8 @@ def test_a_cancelled_request_ends_at_the_api_too(real, dialect):
         before = children()
         assert post(real.url, "/v1/requests/cancel-me", None, method="DELETE")[0] == 200
         assert b"cancelled" in response.read()
-        assert wait_until(lambda: real.api.broken == 1, 3)
-        assert wait_until(lambda: before - children(), 2)
+        assert until(lambda: real.api.broken == 1, 3)
+        assert until(lambda: before - children(), 2)
 
 
 @pytest.mark.real_cli
