@@ -5741,7 +5741,7 @@ class Odd:
         self._over = True
         with contextlib.suppress(OSError):      # that wakes the first one
             socket.create_connection(self._listener.getsockname()).close()
-        self._threads[0].join()
+        self._threads[0].join(5)
         for sock in self._socks:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
