@@ -4006,6 +4006,7 @@ MAX_OUTPUT = 32_000             # max_tokens where a caller says none; the API n
 PIECE = 64 * 1024               # bytes read at once
 AHEAD = 256 * 1024              # bytes read before the client has taken them
 FRAME_LIMIT = 64 * 2**20        # bytes of one event
+FRAME_END = re.compile(rb"\n\r?\n")      # a literal first byte: long events are searched fast
 ERROR_LIMIT = 256 * 1024        # bytes of an error's body that are looked at
 PACKED = ("gzip", "deflate")    # codings that the standard library can undo
 LINK_TTL = 60.0                 # seconds an idle connection is kept
@@ -4154,20 +4155,18 @@ class Frames:
     """The events of an SSE stream (HTML standard, 9.2), whatever pieces it comes in."""
 
     def __init__(self) -> None:
-        self._held: list[bytes] = []        # of the unfinished frame
-        self._size, self._edge = 0, b""     # bytes of it; its last ones
+        self._held = bytearray()            # of the unfinished frame
 
     def feed(self, data: bytes) -> list[dict]:
         """The events that end in this piece.  ApiError if one is no JSON object."""
-        edge = self._edge + data
-        self._held.append(data)
-        self._size, self._edge = self._size + len(data), edge[-3:]
-        if self._size > FRAME_LIMIT:
+        edge = max(0, len(self._held) - 3)  # an end may have begun in what came before
+        self._held += data
+        if len(self._held) > FRAME_LIMIT:
             raise ApiError("backend_error", "upstream: an event is too large")
-        if not re.search(rb"\n\r?\n", edge):
+        if not FRAME_END.search(self._held, edge):
             return []
-        *frames, rest = re.split(rb"\r?\n\r?\n", b"".join(self._held))
-        self._held, self._size, self._edge = [rest], len(rest), rest[-3:]
+        *frames, rest = re.split(rb"\r?\n\r?\n", self._held)
+        self._held = bytearray(rest)
         return list(filter(None, map(self._event, frames)))
 
     @staticmethod
