@@ -4246,7 +4246,7 @@ class Exchange:
         self.status, self.headers = 0, []       # of the answer: pairs, in order
         self.length: int | None = None          # of its body, if it said one
         self._loop = asyncio.get_running_loop()
-        self._news: asyncio.Future | None = None
+        self._news = asyncio.Event()
         self._lock, self._room = threading.Lock(), threading.Event()
         self._pieces: list[bytes] = []          # read, and not taken yet
         self._held, self._told = 0, False
@@ -4336,19 +4336,15 @@ class Exchange:
             told, self._told = self._told, True
         if not told:
             with contextlib.suppress(RuntimeError):     # the loop is closed
-                self._loop.call_soon_threadsafe(self._wake)
+                self._loop.call_soon_threadsafe(self._news.set)
 
     # -- on the loop
-
-    def _wake(self) -> None:
-        if self._news and not self._news.done():
-            self._news.set_result(None)
 
     async def _wait(self) -> None:
         """Until something has come that was not looked at."""
         while not self._told:
-            self._news = self._loop.create_future()
-            await self._news
+            self._news.clear()
+            await self._news.wait()
 
     async def open(self) -> None:
         """Wait for the answer's head.  ApiError if there is none."""
@@ -4400,7 +4396,7 @@ class Exchange:
             self._error = self._too_late()
             self._over = self._told = True      # its thread may still ask for the address
             self.close()
-            self._wake()
+            self._news.set()
 
     def close(self) -> None:
         with self._lock, contextlib.suppress(OSError):  # its thread closes nothing meanwhile, or
