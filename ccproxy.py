@@ -4056,7 +4056,7 @@ class Credentials:
     """What to send upstream.  The CLI alone logs in, refreshes and writes; we read, if --oauth."""
 
     def __init__(self, settings: Settings, base: str) -> None:
-        self.settings, self._seen, self._login = settings, None, None
+        self.settings = settings
         self._strange = base != ANTHROPIC       # a gateway knows its own callers' keys
 
     def find(self, sent: Mapping[str, str]) -> Credential | None:
@@ -4083,24 +4083,21 @@ class Credentials:
                            "auth login`, or `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN")
         return login
 
-    def login(self) -> Credential | None:
-        """The login in the CLI's credentials file; read again only once the file has changed."""
+    @staticmethod
+    def login() -> Credential | None:
+        """The login in the CLI's credentials file; read each time (15 us), as the CLI renews it."""
         folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         path = os.path.join(folder, ".credentials.json")
         try:
-            told = os.stat(path)
-            seen = path, told.st_mtime_ns, told.st_size, told.st_ino
-            if seen != self._seen:
-                with open(path, encoding="utf-8") as file:
-                    login = json.load(file)["claudeAiOauth"]
-                token, until = str(login["accessToken"]), login.get("expiresAt")
-                self._login = None if not re.fullmatch(r"[\x21-\x7e]+", token) else Credential(
-                    {"authorization": f"Bearer {token}"}, "login", path,
-                    until / 1000 if isinstance(until, (int, float)) else None)
-                self._seen = seen
+            with open(path, encoding="utf-8") as file:
+                login = json.load(file)["claudeAiOauth"]
+            token, until = str(login["accessToken"]), login.get("expiresAt")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            self._seen = self._login = None     # not there, or half written
-        return self._login
+            return None                     # not there, or half written
+        return Credential(
+            {"authorization": f"Bearer {token}"}, "login", path,
+            until / 1000 if isinstance(until, (int, float)) else None
+        ) if re.fullmatch(r"[\x21-\x7e]+", token) else None
 
 
 def upstream_headers(sent: Mapping[str, str], credential: Credential | None) -> dict[str, str]:
