@@ -4779,6 +4779,15 @@ class Upstream:
                 raise self._unlisted
             return self.models
 
+    async def model_ids(self, headers: Mapping[str, str]) -> list[str] | None:
+        """The ids of the models that the upstream lists; None if it lists none."""
+        try:
+            return [model["id"] for model in await self.known_models(headers)]
+        except ApiError as error:
+            if error.status in NO_LIST:
+                return None
+            raise
+
     async def resolve(self, asked: str, headers: Mapping[str, str]) -> str:
         """The upstream's name for a model: what --models maps, ids as they are, of a family the
         newest; anything else means the default model."""
@@ -4787,14 +4796,11 @@ class Upstream:
         for name in (re.sub(r"\[1m\]\Z", "", target), default):
             if re.fullmatch(FULL_ID, name):
                 return name
-            try:
-                names = [m["id"] for m in await self.known_models(headers)]
-            except ApiError as error:       # a gateway without a list knows its names
-                if error.status not in NO_LIST:
-                    raise
+            ids = await self.model_ids(headers)
+            if ids is None:                 # a gateway without a list knows its names
                 return target
-            found = [known for known in names if known == name] or [
-                known for known in names if name in FAMILIES and name in known]
+            found = [known for known in ids if known == name] or [
+                known for known in ids if name in FAMILIES and name in known]
             if found:
                 return found[0]
         return target
@@ -5986,17 +5992,6 @@ async def ask_once(settings: Settings, events: Callable) -> bool:
     return True
 
 
-async def examine_upstream(upstream: Upstream) -> None:
-    """Print where the upstream is and what models it lists, if any.  ApiError if it fails."""
-    models = []
-    try:
-        models = [model["id"] for model in await upstream.known_models(upstream.own({}))]
-    except ApiError as error:
-        if error.status not in NO_LIST:
-            raise
-    print(f"ok    upstream {upstream.base}, models: {', '.join(models) or 'not listed'}")
-
-
 async def examine(settings: Settings, deep: bool) -> bool:
     """Print what a request depends on; False if one would fail, with the next command to run."""
     talk, started = Conversations(settings), time.perf_counter()
@@ -6005,7 +6000,8 @@ async def examine(settings: Settings, deep: bool) -> bool:
     try:
         print(f"ok    Python {sys.version.split()[0]}")
         if settings.backend == "api":
-            await examine_upstream(upstream)
+            ids = await upstream.model_ids(upstream.own({})) or ["not listed"]
+            print(f"ok    upstream {upstream.base}, models: {', '.join(ids)}")
             return not deep or await ask_once(settings, functools.partial(upstream.events, sent={}))
         print("ok    claude at", *await talk.command(), f"is version {talk.version}")
         models = [[m.get("value"), m.get("resolvedModel")] for m in await talk.known_models()]
