@@ -4456,7 +4456,7 @@ class Links:
         import urllib.request
         request = urllib.request.Request(url, method=exchange.method)
         request.exchange = exchange
-        return director.open(request, timeout=self.settings.connect_timeout)
+        return director.open(request)
 
     def add_parent(self, _: Any) -> None:
         """urllib's word to a handler."""
@@ -4551,8 +4551,6 @@ class Links:
                 trouble = exc
                 exchange.disown()
                 sock.close()
-                if exchange.closed:
-                    break
         raise trouble
 
     def _take(self) -> Any:
@@ -4647,11 +4645,10 @@ def messages_request(turn: Turn, model: str, most: float = math.inf) -> dict:
         system = cached(system)
         messages[-1] = {**messages[-1], "content": cached(messages[-1]["content"])}
     budget = fields.get("thinking", {}).get("budget_tokens", 0)
+    optional = {"system": system, "tools": tools, "output_config": output,
+                "tool_choice": tools and choice}
     return {"model": model, "max_tokens": min(most, budget + MAX_OUTPUT), "stream": True, **fields,
-            "messages": messages, **({"system": system} if system else {}),
-            **({"tools": tools} if tools else {}),
-            **({"output_config": output} if output else {}),
-            **({"tool_choice": choice} if choice and tools else {})}
+            "messages": messages, **{name: said for name, said in optional.items() if said}}
 
 
 class Upstream:
