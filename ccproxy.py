@@ -4915,6 +4915,12 @@ class Wire(asyncio.StreamReaderProtocol):
         self.connection.task.cancel()
 
 
+def check_size(size: int, limit: int) -> None:
+    """ApiError if a body is larger than it may be."""
+    if size > limit:
+        raise ApiError("request_too_large", f"body: larger than {limit} bytes")
+
+
 class Connection:
     """One client's connection: requests one after the other, an answer each."""
     request: Request | None = None          # the one that is being answered
@@ -4974,11 +4980,13 @@ class Connection:
     async def read_body(self, limit: int) -> bytes:
         """The request's body.  ApiError if it is too large (before all is read), late or odd."""
         length, expected = self.request.length, self.request.headers.get("expect", "").lower()
-        if expected == "100-continue" and self.request.minor and (length or 0) <= limit:
+        check_size(length or 0, limit)
+        if expected == "100-continue" and self.request.minor:
             self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         allowed_s = BODY_TIMEOUT + (limit if length is None else length) / 65536
+        reading = self._read_chunks(limit) if length is None else self.reader.readexactly(length)
         try:
-            body = await asyncio.wait_for(self._read_pieces(length, limit), allowed_s)
+            body = await asyncio.wait_for(reading, allowed_s)
         except asyncio.TimeoutError:
             raise ApiError("request_timeout", "the body came too slowly") from None
         except asyncio.LimitOverrunError:
@@ -4988,26 +4996,21 @@ class Connection:
         self._body_read = True
         return body
 
-    async def _read_pieces(self, length: int | None, limit: int) -> bytes:
-        """A body by its length, or by chunks (RFC 9112, 7.1); trailer fields are read over."""
-        pieces, total, end, size = [], 0, b"\r\n", length
+    async def _read_chunks(self, limit: int) -> bytes:
+        """A body in chunks (RFC 9112, 7.1); trailer fields are read over."""
+        body, end, size = bytearray(), b"\r\n", -1
         while size != 0:
-            if length is None:
-                head = CHUNK.fullmatch(await self.reader.readuntil(end))
-                if not head:
-                    raise ApiError("invalid_request", "chunked body: malformed chunk size")
-                size = int(head.group(1), 16)
-            total += size
-            if total > limit:
-                raise ApiError("request_too_large", f"body: larger than {limit} bytes")
-            pieces.append(await self.reader.readexactly(size))
-            if length is not None:
-                break
+            head = CHUNK.fullmatch(await self.reader.readuntil(end))
+            if not head:
+                raise ApiError("invalid_request", "chunked body: malformed chunk size")
+            size = int(head.group(1), 16)
+            check_size(len(body) + size, limit)
+            body += await self.reader.readexactly(size)
             if size and await self.reader.readexactly(2) != end:
                 raise ApiError("invalid_request", "chunked body: chunk longer than its size")
         for _ in range(MAX_FIELDS):
-            if length is not None or await self.reader.readuntil(end) == end:
-                return b"".join(pieces)
+            if await self.reader.readuntil(end) == end:
+                return bytes(body)
         raise ApiError("headers_too_large", "chunked body: too many trailer fields")
 
     # -- answers
