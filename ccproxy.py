@@ -6076,6 +6076,10 @@ def hand_over(settings: Settings, words: list[str]) -> int:
 
 SHOWN_LINES = 2000          # of a tool's input; of a longer one the middle is left out
 DEAF_S = 0.7                # seconds in which what is typed was not meant for a new question
+ANSWERS: dict[str, dict] = {
+    **dict.fromkeys(("y", "yes"), {"behavior": "allow"}),
+    **dict.fromkeys(("a", "always"), {"behavior": "allow", "scope": "conversation"}),
+    **dict.fromkeys(("n", "no"), {"behavior": "deny"})}
 
 
 def printable(text: str) -> str:
@@ -6120,6 +6124,13 @@ def shown_question(question: dict) -> str:
         "    " + line for line in lines), *why]))
 
 
+def told_error(exc: Any) -> str:
+    """What an HTTP error of ours says."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+        return json.loads(exc.read())["error"]["message"]
+    return str(exc)
+
+
 class Approver:
     """Reads questions from a proxy and answers from a terminal.  Both are read by threads that put
     (kind, value) into one queue, so an answer that somebody else gave is seen at once."""
@@ -6127,8 +6138,6 @@ class Approver:
     def __init__(self, url: str, key: str) -> None:
         self.url, self.key, self.queue = url.rstrip("/"), key, queue.Queue()
         self.open: dict[str, dict] = {}         # questions without an answer, in order
-        self.away = False                       # it was said that the proxy is
-        self.deaf_until = 0.0
 
     def request(self, path: str, body: dict | None = None) -> Any:
         import urllib.request
@@ -6172,26 +6181,23 @@ class Approver:
             sys.stdout.reconfigure(errors="backslashreplace")
         for work in (self.listen, self.read):
             threading.Thread(target=work, daemon=True).start()
-        online, ended, tried = False, False, False
-        while not (ended and tried):
+        online, ended, deaf_until = None, False, 0.0    # None until it was tried
+        while not ended or online is None:
             kind, value = self.queue.get()
             first = next(iter(self.open), "")
-            tried = tried or kind in ("online", "offline", "refused")
-            if kind == "online":            # what is pending is told again
-                online, first = True, ""
-                self.open.clear()
-                print(f"listening at {self.url}", flush=True)
-            elif kind == "offline":
-                if online or not self.away:
+            if kind in ("online", "offline"):
+                if kind == "online":
+                    print(f"listening at {self.url}", flush=True)
+                elif online is not False:   # else it was said
                     say(f"cannot reach {self.url}: {value}; trying again")
-                online, self.away, first = False, True, ""
-                self.open.clear()
+                online = kind == "online"
+                self.open.clear()           # what is pending is told again
             elif kind == "refused":
                 say(f"ccproxy: {value}")
                 return 1
             elif value is None:
                 ended = True
-            elif kind == "line" and first and time.monotonic() < self.deaf_until:
+            elif kind == "line" and first and time.monotonic() < deaf_until:
                 print("(that came too early) y, n or a? ", end="", flush=True)
             elif kind == "line" and first:
                 self.answer(first, value)
@@ -6201,13 +6207,10 @@ class Approver:
                 print(f"\n({printable(value['tool_name'])}: {value['status']})", flush=True)
             now = next(iter(self.open), "")
             if now and now != first:
-                self.show(now)
+                deaf_until = time.monotonic() + DEAF_S
+                print(f"\n{shown_question(self.open[now])}\n[y]es, [n]o (or n and why), [a]lways "
+                      "in this conversation? ", end="", flush=True)
         return 0 if online else 1
-
-    def show(self, name: str) -> None:
-        self.deaf_until = time.monotonic() + DEAF_S
-        print(f"\n{shown_question(self.open[name])}\n[y]es, [n]o (or n and why), [a]lways in this "
-              "conversation? ", end="", flush=True)
 
     def answer(self, name: str, line: str) -> None:
         """What the line says of a question; another line if it says nothing that is known."""
@@ -6227,19 +6230,6 @@ class Approver:
         except OSError as exc:              # it is asked again
             self.open = {name: question, **self.open}
             print(f"(not told: {exc}) y, n or a? ", end="", flush=True)
-
-
-ANSWERS: dict[str, dict] = {
-    **dict.fromkeys(("y", "yes"), {"behavior": "allow"}),
-    **dict.fromkeys(("a", "always"), {"behavior": "allow", "scope": "conversation"}),
-    **dict.fromkeys(("n", "no"), {"behavior": "deny"})}
-
-
-def told_error(exc: Any) -> str:
-    """What an HTTP error of ours says."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-        return json.loads(exc.read())["error"]["message"]
-    return str(exc)
 
 
 # -- the stand-in: a CLI of a few words, for a first try and for tests of clients without a token
