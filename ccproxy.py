@@ -6248,7 +6248,12 @@ def sample(schema: dict, root: dict) -> Any:
     return schema.get("const", some[0])
 
 
-def stand_in() -> None:
+def tool_use(name: str, given: Any) -> dict:
+    return {"type": "tool_use", "id": "toolu_" + secrets.token_hex(12), "name": name,
+            "input": given}
+
+
+class StandIn:
     """The stand-in answers with the user's last words, and obeys these:
 
     /call NAME {json}   call a tool of the client (several lines: several calls)
@@ -6258,131 +6263,157 @@ def stand_in() -> None:
     /long N             answer with N words
     /run COMMAND        as an agent: seem to run it, if that is permitted, and tell what came of it
     """
-    schema: dict | None = None
-    agent = any(word.startswith("--permission-mode") for word in sys.argv)
-    free = "--permission-mode=bypassPermissions" in sys.argv
-    session = next((word.partition("=")[2] for word in sys.argv if word.startswith("--resume=")),
-                   str(uuid.uuid4()))
-    runs: list[dict] = []                   # calls of its own tool that may run or not
-    history: list[dict] = []
-    calls: list[dict] = []                  # tool_use blocks whose results are due
 
+    def __init__(self, argv: list[str]) -> None:
+        self.agent = any(word.startswith("--permission-mode") for word in argv)
+        self.free = "--permission-mode=bypassPermissions" in argv
+        self.session = next((word.partition("=")[2] for word in argv
+                             if word.startswith("--resume=")), str(uuid.uuid4()))
+        self.schema: dict | None = None
+        self.history: list[dict] = []
+        self.calls: list[dict] = []         # tool_use blocks whose results are due
+        self.blocks = 0                     # of its message so far
+
+    def obey(self) -> None:
+        """Obey the lines of stdin, to its end."""
+        for line in map(json.loads, iter(sys.stdin.readline, "")):
+            if line["type"] == "control_request":
+                self.schema = line["request"].get("jsonSchema", self.schema)
+                models = [{"value": value, "resolvedModel": "echo-1"}
+                          for value in ("default", "echo")]
+                self.put("control_response", response={
+                    "subtype": "success", "request_id": line["request_id"], "response": {
+                        "models": models, "account": {"tokenSource": "stand-in"},
+                        "totalTokens": len(json.dumps(self.history)) // 4}})
+            elif line["type"] == "control_response":
+                self.go_on(line["response"]["response"])
+            elif line["message"]["content"]:
+                self.history.append(line["message"])
+            if line["type"] == "user":
+                self.put("system", subtype="init", model="echo-1", session_id=self.session,
+                         tools=[ANSWER] * (self.schema is not None))
+                self.answer() if line.get("shouldQuery", True) else self.result()
+
+    # -- lines
+
+    @staticmethod
     def put(kind: str, **line: Any) -> None:
         print(json.dumps({"type": kind, **line}), flush=True)
 
-    def event(kind: str, **fields: Any) -> None:
-        put("stream_event", event={"type": kind, **fields})
+    def event(self, kind: str, **fields: Any) -> None:
+        self.put("stream_event", event={"type": kind, **fields})
 
-    def block(index: int, start: dict, kind: str, pieces: list[str], pause_s: float = 0) -> None:
-        event("content_block_start", index=index, content_block=start)
-        for piece in pieces:
-            time.sleep(pause_s)
-            event("content_block_delta", index=index, delta={"type": kind, DELTAS[kind][0]: piece})
+    def ask(self, call: dict, **request: Any) -> None:
+        self.put("control_request", request_id=call["id"], request=request)
+
+    def result(self, **fields: Any) -> None:
+        self.put("result", **{"is_error": False, "total_cost_usd": 0, **fields})
+
+    def block(self, start: dict, pieces: list[str], pause_s: float = 0) -> None:
+        """A content block, from how it starts to its end."""
+        kind = "input_json_delta" if start["type"] == "tool_use" else f"{start['type']}_delta"
+        deltas = [{"type": kind, DELTAS[kind][0]: piece} for piece in pieces]
         if start["type"] == "thinking":
-            delta = {"type": "signature_delta", "signature": "c3RhbmQtaW4="}
-            event("content_block_delta", index=index, delta=delta)
-        event("content_block_stop", index=index)
+            deltas.append({"type": "signature_delta", "signature": "c3RhbmQtaW4="})
+        self.event("content_block_start", index=self.blocks, content_block=start)
+        for delta in deltas:
+            time.sleep(pause_s)
+            self.event("content_block_delta", index=self.blocks, delta=delta)
+        self.event("content_block_stop", index=self.blocks)
+        self.blocks += 1
 
-    def finish(content: list[dict], reason: str, made: int) -> None:
-        history.append({"role": "assistant", "content": content})
-        event("message_delta", delta={"stop_reason": reason, "stop_sequence": None},
-              usage={"output_tokens": made})
-        event("message_stop")
+    def finish(self, content: list[dict], reason: str, made: int) -> None:
+        self.history.append({"role": "assistant", "content": content})
+        self.event("message_delta", delta={"stop_reason": reason, "stop_sequence": None},
+                   usage={"output_tokens": made})
+        self.event("message_stop")
 
-    def result(**fields: Any) -> None:
-        put("result", **{"is_error": False, "total_cost_usd": 0, **fields})
+    # -- what it does
 
-    def ask_next() -> None:
-        call = calls[len(history[-1]["content"])]
-        params = {"name": call["name"], "_meta": {"claudecode/toolUseId": call["id"]}}
-        put("control_request", request_id=call["id"], request={
-            "subtype": "mcp_message", "message": {"id": 1, "method": "tools/call",
-                                                  "params": params}})
-
-    def run(call: dict, denied: str = "") -> None:
-        """Go on when it is known whether the tool may run."""
-        told = denied or f"ran: {call['input']['command']}"
-        put("user", parent_tool_use_id=None, message={"role": "user", "content": [{
-            "type": "tool_result", "tool_use_id": call["id"], "content": told,
-            "is_error": bool(denied)}]})
-        history.append({"role": "user", "content": [{"type": "text", "text": told}]})
-        answer()
-
-    def answer() -> None:
-        parts = [part for b in history[-1]["content"] for part in (
+    def answer(self) -> None:
+        """Do what the last message says."""
+        parts = [part for b in self.history[-1]["content"] for part in (
             b["content"] if b["type"] == "tool_result" else [b])]
         said = " ".join(p["text"] if p["type"] == "text" else f"[{p['type']}]"
                         for p in parts).replace("/ ", "/", 1)
-        failure, thinking = re.search(r"/error (\d{3})", said), "/think" in said
+        failure = re.search(r"/error (\d{3})", said)
         if failure:
-            return result(is_error=True, api_error_status=int(failure.group(1)),
-                          result=f"API Error: {failure.group(1)} the stand-in was told to fail")
-        event("message_start", message={
+            return self.result(
+                is_error=True, api_error_status=int(failure.group(1)),
+                result=f"API Error: {failure.group(1)} the stand-in was told to fail")
+        self.blocks = 0
+        self.event("message_start", message={
             "id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant",
             "model": "echo-1", "content": [], "stop_reason": None, "stop_sequence": None,
-            "usage": {"input_tokens": len(json.dumps(history)) // 4, "output_tokens": 1}})
-        task = re.search(r"(?s)/run (.+)", said) if agent else None
-        if task:
-            call = {"type": "tool_use", "id": "toolu_" + secrets.token_hex(12), "name": "Bash",
-                    "input": {"command": task.group(1)}}
-            block(0, {"type": "text", "text": ""}, "text_delta", ["I will run it."])
-            block(1, {**call, "input": {}}, "input_json_delta", [json.dumps(call["input"])])
-            finish([call], "tool_use", 8)
-            if free:
-                return run(call)
-            runs.append(call)
-            return put("control_request", request_id=call["id"], request={
-                "subtype": "can_use_tool", "tool_name": "Bash", "tool_use_id": call["id"],
-                "input": call["input"], "permission_suggestions": []})
-        if thinking:
-            start = {"type": "thinking", "thinking": "", "signature": ""}
-            block(0, start, "thinking_delta", ["They want ", "me to think."])
-        wanted = re.findall(r"/call (\S+) (\{.*\})", said)
-        if schema is not None:
-            wanted = [(ANSWER, json.dumps(sample(schema, schema)))]
-        calls[:] = [{"type": "tool_use", "id": "toolu_" + secrets.token_hex(12),
-                     "name": PREFIX * agent * (schema is None) + name,
-                     "input": parse_input(text)} for name, text in wanted]
-        for at, call in enumerate(calls):
-            pieces = re.findall("(?s).{1,12}", json.dumps(call["input"]))
-            block(at + thinking, {**call, "input": {}}, "input_json_delta", pieces)
-        if not calls:
-            long = re.search(r"/long (\d{1,6})", said)
-            spoken = [f"word{n}" for n in range(int(long.group(1)))] if long else said.split(" ")
-            block(thinking, {"type": "text", "text": ""}, "text_delta", [
-                " " * bool(n) + word for n, word in enumerate(spoken)], 0.1 * ("/slow" in said))
-            finish([{"type": "text", "text": " ".join(spoken)}], "end_turn", len(spoken))
-            return result()
-        finish(list(calls), "tool_use", 8 * len(calls))
-        history.append({"role": "user", "content": []})
-        if schema is None:
-            return ask_next()
-        put("user", message={"content": [{"tool_use_id": calls[0]["id"], "content": "ok"}]})
-        result()
+            "usage": {"input_tokens": len(json.dumps(self.history)) // 4, "output_tokens": 1}})
+        task = re.search(r"(?s)/run (.+)", said)
+        if task and self.agent:
+            return self.propose(task.group(1))
+        if "/think" in said:
+            self.block({"type": "thinking", "thinking": "", "signature": ""},
+                       ["They want ", "me to think."])
+        if self.schema is not None:
+            return self.call([tool_use(ANSWER, sample(self.schema, self.schema))])
+        calls = [tool_use(PREFIX * self.agent + name, parse_input(text))
+                 for name, text in re.findall(r"/call (\S+) (\{.*\})", said)]
+        return self.call(calls) if calls else self.speak(said)
 
-    for line in map(json.loads, iter(sys.stdin.readline, "")):
-        request = line.get("request") or {}
-        if request:
-            models = [{"value": value, "resolvedModel": "echo-1"} for value in ("default", "echo")]
-            schema = request.get("jsonSchema", schema)
-            put("control_response", response={
-                "subtype": "success", "request_id": line["request_id"], "response": {
-                    "models": models, "account": {"tokenSource": "stand-in"},
-                    "totalTokens": len(json.dumps(history)) // 4}})
-        elif line["type"] == "control_response" and runs:
-            verdict, call = line["response"]["response"], runs.pop()
-            run({**call, "input": verdict.get("updatedInput", {})}, verdict.get("message", ""))
-        elif line["type"] == "control_response":
-            results = history[-1]["content"]
-            results.append({**line["response"]["response"]["mcp_response"]["result"],
-                            "type": "tool_result", "tool_use_id": calls[len(results)]["id"]})
-            ask_next() if len(results) < len(calls) else answer()
-        elif line["message"]["content"]:
-            history.append(line["message"])
-        if line["type"] == "user":
-            put("system", subtype="init", model="echo-1", session_id=session,
-                tools=[ANSWER] * (schema is not None))
-            answer() if line.get("shouldQuery", True) else result()
+    def speak(self, said: str) -> None:
+        long = re.search(r"/long (\d{1,6})", said)
+        spoken = [f"word{n}" for n in range(int(long.group(1)))] if long else said.split(" ")
+        self.block({"type": "text", "text": ""}, [
+            " " * bool(n) + word for n, word in enumerate(spoken)], 0.1 * ("/slow" in said))
+        self.finish([{"type": "text", "text": " ".join(spoken)}], "end_turn", len(spoken))
+        self.result()
+
+    def call(self, calls: list[dict]) -> None:
+        """Call tools of the client; the one for answers that match a schema is the CLI's own."""
+        self.calls = calls
+        for call in calls:
+            pieces = re.findall("(?s).{1,12}", json.dumps(call["input"]))
+            self.block({**call, "input": {}}, pieces)
+        self.finish(calls, "tool_use", 8 * len(calls))
+        self.history.append({"role": "user", "content": []})
+        if self.schema is None:
+            return self.ask_next()
+        self.put("user", message={"content": [{"tool_use_id": calls[0]["id"], "content": "ok"}]})
+        self.result()
+
+    def ask_next(self) -> None:
+        call = self.calls[len(self.history[-1]["content"])]
+        params = {"name": call["name"], "_meta": {"claudecode/toolUseId": call["id"]}}
+        self.ask(call, subtype="mcp_message", message={"id": 1, "method": "tools/call",
+                                                       "params": params})
+
+    def propose(self, command: str) -> None:
+        """Call its own tool, and ask whether that may run."""
+        call = tool_use("Bash", {"command": command})
+        self.calls = [call]
+        self.block({"type": "text", "text": ""}, ["I will run it."])
+        self.block({**call, "input": {}}, [json.dumps(call["input"])])
+        self.finish([call], "tool_use", 8)
+        if self.free:
+            return self.run(call)
+        self.ask(call, subtype="can_use_tool", tool_name="Bash", tool_use_id=call["id"],
+                 input=call["input"], permission_suggestions=[])
+
+    def go_on(self, told: dict) -> None:
+        """Go on with the result of a client's tool, or as it is known whether its own may run."""
+        if "mcp_response" not in told:
+            return self.run({**self.calls[0], "input": told.get("updatedInput", {})},
+                            told.get("message", ""))
+        results = self.history[-1]["content"]
+        results.append({**told["mcp_response"]["result"], "type": "tool_result",
+                        "tool_use_id": self.calls[len(results)]["id"]})
+        self.ask_next() if len(results) < len(self.calls) else self.answer()
+
+    def run(self, call: dict, denied: str = "") -> None:
+        told = denied or f"ran: {call['input']['command']}"
+        self.put("user", parent_tool_use_id=None, message={"role": "user", "content": [{
+            "type": "tool_result", "tool_use_id": call["id"], "content": told,
+            "is_error": bool(denied)}]})
+        self.history.append({"role": "user", "content": [{"type": "text", "text": told}]})
+        self.answer()
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -6400,7 +6431,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ccproxy.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.partition("\n\nEvery name")[0], epilog=inspect.cleandoc(own) + "\n\n"
-        + inspect.getdoc(stand_in))
+        + inspect.getdoc(StandIn))
     parser.add_argument("verb", nargs="?", default="serve", choices=(
         "serve", "doctor", "auth", "approve", "version"), help="serve requests (default); check "
         "CLI, login and models; show credentials or log in; answer what agents may do; print "
@@ -6426,7 +6457,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["stand-in"]:            # followed by the CLI's own arguments
-        stand_in()
+        StandIn(argv[1:]).obey()
         return 0
     parser, settings = argument_parser(), None
     flags = vars(parser.parse_args(argv))
