@@ -4249,7 +4249,6 @@ class Exchange:
         self._held, self._told = 0, False
         self._over = self.closed = self.connected = False
         self._error: ApiError | None = None
-        self.timer: asyncio.TimerHandle         # at which it has to be connected
         self.link: Any = None                   # the connection, until it is given back
         self._sock: Any = None
 
@@ -4344,9 +4343,12 @@ class Exchange:
             await self._news.wait()
 
     async def open(self) -> None:
-        """Wait for the answer's head.  ApiError if there is none."""
-        await self._wait()
-        self.timer.cancel()
+        """Wait for the answer's head.  ApiError if there is none, or no connection in time."""
+        timer = self._loop.call_later(self.upstream.settings.connect_timeout, self._late)
+        try:
+            await self._wait()
+        finally:
+            timer.cancel()
         if self._error and not self.status:
             raise self._error
 
@@ -4387,7 +4389,7 @@ class Exchange:
         return ApiError("timeout", f"upstream {self.upstream.host}: connecting took too long "
                         "(--connect-timeout)")
 
-    def late(self) -> None:
+    def _late(self) -> None:
         """The time to connect is up."""
         if not (self.connected or self._over):
             self._error = self._too_late()
@@ -4687,8 +4689,6 @@ class Upstream:
             exchange.close()
             raise ApiError("unavailable", f"no thread for the request: {exc}", retry_after=5
                            ) from None
-        exchange.timer = asyncio.get_running_loop().call_later(
-            self.settings.connect_timeout, exchange.late)
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(LINK_TTL, self._expire)
         return exchange
