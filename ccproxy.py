@@ -4209,8 +4209,7 @@ class Tap:
                 self._blind = True
         if len(self._head) < self.KEPT:
             self._head += data[:self.KEPT - len(self._head)]
-        self._tail = (self._tail + data)[-self.KEPT:] if len(data) < self.KEPT else (
-            data[-self.KEPT:])
+        self._tail = (self._tail + data[-self.KEPT:])[-self.KEPT:]
 
     def message(self) -> Message:
         """A message without content, as far as it was told."""
@@ -4378,12 +4377,11 @@ class Exchange:
 
     async def read_all(self, limit: int) -> bytes:
         """The answer's body, as far as the limit."""
-        pieces, size, data = [], 0, b"-"
-        while data and size < limit:
+        body, data = bytearray(), b"-"
+        while data and len(body) < limit:
             data = await self.read()
-            pieces.append(data)
-            size += len(data)
-        return b"".join(pieces)
+            body += data
+        return bytes(body)
 
     def _too_late(self) -> ApiError:
         return ApiError("timeout", f"upstream {self.upstream.host}: connecting took too long "
@@ -4471,12 +4469,11 @@ class Links:
 
         Tried again once: if a kept one turns out to be dead before it has taken anything.
         """
-        exchange, link = request.exchange, self._take()
+        exchange, kept = request.exchange, self._take()
         added = {} if request._tunnel_host else request.headers     # a proxy's own, of urllib
         headers = {**exchange.request_headers, **added, "host": self._base.netloc}
-        kept = link is not None
         while True:
-            link = exchange.link = link or self._connect(request, exchange)
+            link = exchange.link = kept or self._connect(request, exchange)
             try:
                 exchange.own(link.sock)
                 link.sock.settimeout(exchange.wait_s)
@@ -4492,7 +4489,7 @@ class Links:
                 link.close()
                 if not kept or exchange.closed:
                     raise
-                link, kept = None, False
+                kept = None
         exchange.connected, broken = True, False
         try:
             link.send(exchange.body)
