@@ -6231,15 +6231,23 @@ class Approver:
 
 # -- the stand-in: a CLI of a few words, for a first try and for tests of clients without a token
 
-def sample(schema: dict, root: dict) -> Any:
+def sample(schema: Any, root: dict, depth: int = 0) -> Any:
     """A smallest value for a JSON schema: what the stand-in answers when one is set."""
-    schema = (schema.get("anyOf") or schema.get("oneOf") or [schema])[0]
+    if not isinstance(schema, dict):        # true: anything
+        return {}
+    deep = depth > 10                       # it may be recursive: now it has to end
+    schema = (schema.get("anyOf") or schema.get("oneOf") or [schema])[-1 if deep else 0]
     if "$ref" in schema:
-        return sample(root[schema["$ref"].split("/")[1]][schema["$ref"].split("/")[2]], root)
+        target = root
+        for name in schema["$ref"].split("/")[1:]:
+            target = target[name]
+        return sample(target, root, depth + 1)
     kind, items = schema.get("type", "object"), schema.get("items", {"type": "string"})
-    inner = {name: sample(part, root) for name, part in schema.get("properties", {}).items()}
+    inner = {name: sample(part, root, depth + 1)
+             for name, part in schema.get("properties", {}).items()
+             if not deep or name in schema.get("required", ())}
     values = {"string": "text", "boolean": True, "null": None, "object": inner,
-              "array": [sample(items, root)] if kind == "array" else []}
+              "array": [sample(items, root, depth + 1)] if kind == "array" and not deep else []}
     kind = kind[0] if isinstance(kind, list) else kind
     some = schema.get("enum") or [values.get(kind, schema.get("minimum", 1))]
     return schema.get("const", some[0])

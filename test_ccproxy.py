@@ -4242,6 +4242,25 @@ def test_the_processes_of_a_killed_proxy_are_gone_within_2_s(tmp_path):
         busy.close()
 
 
+NODE = {"type": "object", "required": ["next"], "properties": {
+    "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
+
+
+@pytest.mark.parametrize("schema, innermost", [
+    ({"$ref": "#/$defs/node", "$defs": {"node": NODE}}, None),
+    ({"type": "array", "items": {"$ref": "#"}}, []),
+    ({"type": "object", "properties": {"next": {"$ref": "#"}}}, {}),
+    ({"type": "object", "properties": {"next": True}}, {}),
+    ({"type": "object", "properties": {"next": {"type": "object", "properties": {
+        "next": {"$ref": "#/properties/next/$defs/last"}}, "$defs": {"last": {"const": 7}}}}}, 7),
+])
+def test_the_stand_in_has_an_answer_to_a_recursive_or_an_odd_schema(schema, innermost):
+    value = ccproxy.sample(schema, schema)
+    while value and isinstance(value, (dict, list)):
+        value = value["next"] if isinstance(value, dict) else value[0]
+    assert value == innermost
+
+
 def test_doctor_is_content_with_the_stand_in(tmp_path):
     told = run(tmp_path, "doctor", "--deep", "--claude", "echo", "--state-dir", str(tmp_path))
     assert told.returncode == 0 and "FAIL" not in told.stdout
