@@ -6147,6 +6147,7 @@ class Approver:
 
     def listen(self) -> None:
         """Put every event into the queue; come back if the proxy was away."""
+        import http.client
         import urllib.error
         while True:
             try:
@@ -6163,7 +6164,7 @@ class Approver:
                 self.queue.put(("refused" if final else "offline", told_error(exc)))
                 if final:
                     return
-            except (OSError, ValueError, EOFError) as exc:
+            except (OSError, ValueError, EOFError, http.client.HTTPException) as exc:
                 self.queue.put(("offline", str(exc)))
             time.sleep(2)
 
@@ -6217,6 +6218,7 @@ class Approver:
             return print("y, n or a? ", end="", flush=True)
         question = self.open.pop(name)
         tool = printable(question["tool_name"])
+        import http.client
         import urllib.error
         try:
             more = {"message": why.strip()} if why.strip() else {}
@@ -6224,7 +6226,7 @@ class Approver:
             print(f"({tool}: {ENDINGS[body['behavior']]})", flush=True)
         except urllib.error.HTTPError as exc:
             print(f"({told_error(exc)})", flush=True)
-        except OSError as exc:              # it is asked again
+        except (OSError, http.client.HTTPException) as exc:     # it is asked again
             self.open = {name: question, **self.open}
             print(f"(not told: {exc}) y, n or a? ", end="", flush=True)
 

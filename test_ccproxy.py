@@ -7908,6 +7908,15 @@ def test_approve_says_when_it_is_refused_or_nobody_is_there(tmp_path):
         assert told.returncode == 1 and "a valid key is needed" in told.stderr
     told = run(tmp_path, "approve", "--url", "http://127.0.0.1:9", "--key", "k")
     assert told.returncode == 1 and "cannot reach http://127.0.0.1:9" in told.stderr
+    half = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n30\r\nevent: re"
+    for answer in (b"SSH-2.0-x\r\n", half):
+        with Odd(lambda sock: sock.sendall(answer) or False) as odd:
+            with subprocess.Popen([sys.executable, ccproxy.__file__, "approve", "--url", odd.url],
+                                  stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                                  stderr=subprocess.PIPE, env=environment(tmp_path)) as process:
+                assert f"cannot reach {odd.url}" in process.stderr.readline()
+                process.stdin.close()       # it listens on, until that
+                assert process.wait(5) == 1 and process.stderr.read() == ""
 
 
 # -- sessions
