@@ -4422,33 +4422,34 @@ class Links:
     def prepare(self) -> Any:
         """What opens requests, made at the first.  OSError if --upstream-ca cannot be used."""
         with self._lock:
-            if self._director is None:
-                import http.client
-                import urllib.request       # 35 ms and 5 MB that others save
+            if self._director:
+                return self._director
+            import http.client
+            import urllib.request       # 35 ms and 5 MB that others save
 
-                class Answer(http.client.HTTPResponse):
-                    """A response that knows whether something stands behind its end."""
-                    clean = False
+            class Answer(http.client.HTTPResponse):
+                """A response that knows whether something stands behind its end."""
+                clean = False
 
-                    def _close_conn(self) -> None:
-                        with contextlib.suppress(OSError, ValueError, AttributeError):
-                            self.fp.raw._sock.settimeout(0)
-                            self.clean = True
-                            self.clean = not self.fp.peek(1)    # OSError: there is nothing
-                        super()._close_conn()
+                def _close_conn(self) -> None:
+                    with contextlib.suppress(OSError, ValueError, AttributeError):
+                        self.fp.raw._sock.settimeout(0)
+                        self.clean = True
+                        self.clean = not self.fp.peek(1)    # OSError: there is nothing
+                    super()._close_conn()
 
-                self.answer_class = Answer
-                if self._base.scheme == "https":
-                    import ssl
-                    self.context = ssl.create_default_context()
-                    if self.settings.upstream_ca:
-                        self.context.load_verify_locations(self.settings.upstream_ca)
-                    self.context.set_alpn_protocols(["http/1.1"])
-                director = urllib.request.OpenerDirector()
-                director.add_handler(urllib.request.ProxyHandler())
-                director.add_handler(self)
-                self._director = director
-            return self._director
+            self.answer_class = Answer
+            if self._base.scheme == "https":
+                import ssl
+                self.context = ssl.create_default_context()
+                if self.settings.upstream_ca:
+                    self.context.load_verify_locations(self.settings.upstream_ca)
+                self.context.set_alpn_protocols(["http/1.1"])
+            director = urllib.request.OpenerDirector()
+            director.add_handler(urllib.request.ProxyHandler())
+            director.add_handler(self)
+            self._director = director
+            return director
 
     def send(self, exchange: Exchange, url: str) -> Any:
         """Send an exchange's request: the response, whose head has come."""
