@@ -4540,12 +4540,14 @@ class Links:
     def _dial(exchange: Exchange, address: tuple, timeout_s: float, *_: Any) -> socket.socket:
         """A connected socket, which the exchange can end before it is connected."""
         trouble: OSError = OSError("it has no address")
-        for family, kind, proto, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+        places = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
+        for family, kind, proto, _, place in places:
             sock = socket.socket(family, kind, proto)
             try:
-                sock.settimeout(timeout_s)
+                sock.settimeout(timeout_s / len(places))    # a silent one leaves time for the next
                 exchange.own(sock)
                 sock.connect(place)
+                sock.settimeout(timeout_s)
                 return sock
             except OSError as exc:
                 trouble = exc

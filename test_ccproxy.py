@@ -6179,17 +6179,21 @@ def test_a_page_of_another_site_gets_nothing_even_without_an_origin(tmp_path, ow
         assert len(up.heard) == 1
 
 
-def test_connecting_ends_with_its_client_and_after_connect_timeout(tmp_path, own_key):
+@contextlib.contextmanager
+def silent_address():
     """A listener whose queue is full lets nobody in, and says nothing."""
-    with socket.socket() as full:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        fillers = []
+    with contextlib.ExitStack() as socks:
+        full = socks.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):
-            fillers.append(socket.socket())
-            fillers[-1].setblocking(False)
-            fillers[-1].connect_ex(full.getsockname())
-        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+            filler = socks.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        yield full.getsockname()
+
+
+def test_connecting_ends_with_its_client_and_after_connect_timeout(tmp_path, own_key):
+    with silent_address() as (host, port):
+        url = f"http://{host}:{port}"
         with relaying(tmp_path, url, connect_timeout=1) as base:
             answer = relay(base)
             assert answer.status == 504 and "connect" in answer.error["message"]
@@ -6197,8 +6201,19 @@ def test_connecting_ends_with_its_client_and_after_connect_timeout(tmp_path, own
             http_connect(base, request("POST /api/v1/messages", body=ASK_UP)).close()
             until(lambda: False, 0.2)
             assert until(lambda: get(base, "/status")[2]["upstream"]["streams"] == 0, 2.0)
-        for filler in fillers:
-            filler.close()
+
+
+def test_a_silent_address_leaves_time_for_the_next(tmp_path, own_key, monkeypatch):
+    """As where the way to all IPv6 addresses is broken."""
+    with silent_address() as silent, Odd(whole_answer()) as up:
+        port, look_up = int(up.url.rpartition(":")[2]), socket.getaddrinfo
+
+        def both(host, wanted, *more):
+            found = look_up(host, wanted, *more)
+            return [(*found[0][:4], silent), *found] if wanted == port else found
+        with monkeypatch.context() as patch, relaying(tmp_path, up, connect_timeout=1) as base:
+            patch.setattr(socket, "getaddrinfo", both)
+            assert relay(base).status == 200
 
 
 def test_a_failed_listing_of_models_is_no_empty_list(tmp_path, own_key):
