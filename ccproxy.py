@@ -4096,7 +4096,7 @@ class Credentials:
             return None                     # not there, or half written
         return Credential(
             {"authorization": f"Bearer {token}"}, "login", path,
-            until / 1000 if isinstance(until, (int, float)) else None
+            until / 1000 if isinstance(until, (int, float)) and abs(until) < 1e14 else None
         ) if re.fullmatch(r"[\x21-\x7e]+", token) else None
 
 
@@ -4262,10 +4262,10 @@ class Exchange:
             error = self._too_late() if slow else upstream_fault(exc, self.upstream.host)
         with self._lock:
             self._over, self._error, self._sock = True, self._error or error, None
-        if self.link:
-            self.link.close()
         self.upstream.exchanges.discard(self)
         self._tell()
+        if self.link:
+            self.link.close()
 
     def own(self, sock: Any) -> None:
         """From now on close() ends this socket.  ConnectionError if it has been called already."""

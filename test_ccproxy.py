@@ -6380,6 +6380,7 @@ def test_oauth_says_at_start_what_it_does_and_what_the_terms_may_say(tmp_path):
     ({"ANTHROPIC_BASE_URL": "http://gateway/v1"}, [], 0, ["http://gateway: none"]),
     ({"LOGIN": "4000000000000"}, ["--oauth"], 0, [".credentials.json, until 2096-10-02 07:06 UTC"]),
     ({"LOGIN": "4000000000000"}, [], 0, ["none of its own", "see --oauth"]),
+    ({"LOGIN": str(10**30)}, ["--oauth"], 0, [".credentials.json\n"]),     # no time to speak of
     ({"LOGIN": "1000000000000"}, ["--oauth", "--backend", "api"], 1, ["expired at 2001-09-09"]),
 ])
 def test_auth_status_shows_kind_source_and_expiry_and_never_a_value(tmp_path, environ, flags, code,
