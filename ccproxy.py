@@ -374,25 +374,21 @@ def aliases(value: Any) -> dict[str, dict[str, str]]:
     return found
 
 
-def folder(value: Any) -> str:
-    """A directory's absolute path; "" stays that.  ValueError if there is none."""
-    path = os.path.abspath(os.path.expanduser(string(value))) if value else ""
-    if path and not os.path.isdir(path):
-        raise ValueError(f"{path} is no directory")
-    return path
+def path_of(kind: str, is_there: Callable[[str], bool]) -> Callable[[Any], str]:
+    """A check: the absolute path of what has to be there; "" stays that."""
+    def check(value: Any) -> str:
+        path = os.path.abspath(os.path.expanduser(string(value))) if value else ""
+        if path and not is_there(path):
+            raise ValueError(f"{path} is no {kind}")
+        return path
+    return check
 
 
-def folder_list(value: Any) -> list[str]:
-    return [folder(path) for path in words(value)]
+def each(check: Callable[[Any], str]) -> Callable[[Any], list[str]]:
+    return lambda value: [check(word) for word in words(value)]
 
 
-def files(value: Any) -> list[str]:
-    """"a.json, ..." -> absolute paths.  ValueError for one that is not there."""
-    paths = [os.path.abspath(os.path.expanduser(path)) for path in words(value)]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise ValueError(f"{path} is no file")
-    return paths
+folder, plain_file = path_of("directory", os.path.isdir), path_of("file", os.path.isfile)
 
 
 def folders(value: Any) -> dict[str, str]:
@@ -421,8 +417,8 @@ OPTIONS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {       # name -> de
     "allowed_tools": ([], rules, "agent: rules of what may run unasked, as Read,Bash(git log:*)"),
     "disallowed_tools": ([], rules, "agent: rules of what may never run"),
     "max_turns": (0, whole, "agent: messages of the model in one turn; 0 for any number"),
-    "add_dir": ([], folder_list, "agent: further directories that tools may use, comma-separated"),
-    "mcp_config": ([], files, "agent: files with MCP servers, comma-separated"),
+    "add_dir": ([], each(folder), "agent: further directories that tools may use, comma-separated"),
+    "mcp_config": ([], each(plain_file), "agent: files with MCP servers, comma-separated"),
     "append_system_prompt": ("", string, "agent: text behind Claude Code's own prompt"),
     "claude_arg": ([], arguments, "agent: further arguments of claude (may be repeated)"),
     "verbosity": ("text", one_of(*VERBOSITIES), "agent: how its tools show in an answer: "
