@@ -361,10 +361,10 @@ ALIAS: dict[str, Callable[[Any], Any]] = {      # field of [models.NAME] -> chec
 
 def aliases(value: Any) -> dict[str, dict[str, str]]:
     """"fast=haiku" -> {"fast": {"model": "haiku"}}; in a file a table of ALIAS fields each."""
-    found = {}
+    found: dict[str, dict[str, str]] = {}
     for name, target in mapping(value).items():
-        found[name] = {} if isinstance(target, dict) else {"model": target}
-        for key, said in target.items() if isinstance(target, dict) else ():
+        found[name] = {}
+        for key, said in (target if isinstance(target, dict) else {"model": target}).items():
             if key not in ALIAS:
                 raise ValueError(f"{name}.{key}: expected one of {', '.join(ALIAS)}")
             try:
