@@ -1593,8 +1593,8 @@ class Refusals:
                                  RecursionError):
             with open(path, encoding="utf-8") as file:
                 oldest = time.time() - REFUSAL_DAYS * 86400
-                self.rules = {model: [r for r in rules if r["at"] > oldest and r["drop"]
-                                      and all(isinstance(name, str) for name in r["with"])]
+                self.rules = {model: [r for r in rules if r["at"] > oldest and all(
+                    isinstance(name, str) for name in (r["drop"], *r["with"]))]
                               for model, rules in json.load(file).items()}
 
     def apply(self, turn: Turn, model: str, more: list[dict]) -> Turn:
@@ -1608,11 +1608,11 @@ class Refusals:
     def _obey(turn: Turn, rules: list[dict]) -> Turn:
         found = features(turn)
         for rule in rules:
-            for name in [n for n, feature in found.items() if feature == rule["drop"]]:
-                same = rule.get("value") in (None, turn.fields.get(name))
-                if same and {*rule["with"]} <= {*found.values()}:
-                    turn = without(turn, name)
-                    found = features(turn)
+            name = rule["drop"].partition(".")[0]       # of the feature, without its value
+            same = rule.get("value") in (None, turn.fields.get(name))
+            if found.get(name) == rule["drop"] and same and {*rule["with"]} <= {*found.values()}:
+                turn = without(turn, name)
+                found = features(turn)
         return turn
 
     def learn(self, model: str, rules: list[dict]) -> None:

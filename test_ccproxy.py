@@ -5467,7 +5467,8 @@ def test_a_bad_signature_of_one_history_is_not_learned_for_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[" * 100_000, '{"m": 5}', '{"m": [{"drop": "top_k"}]}',
-                                     '{"m": [{"drop": "top_k", "with": [[1]], "at": 9e9}]}'])
+                                     '{"m": [{"drop": "top_k", "with": [[1]], "at": 9e9}]}',
+                                     '{"m": [{"drop": 5, "with": [], "at": 9e9}]}'])
 def test_damaged_state_is_read_as_none(tmp_path, content):
     path = tmp_path / "refusals.json"
     path.write_text(content)
