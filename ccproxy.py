@@ -1228,15 +1228,20 @@ def call_text(message: Message, block: dict) -> str:
     return message.arguments.get(block["id"]) or json.dumps(said)
 
 
-def chat_call(message: Message, text: str, start: bool = False) -> list[bytes]:
-    """A chunk with (a piece of) the tool call that is being written; the old style has but one."""
-    block = message.content[-1]
+def chat_call(message: Message, block: dict, text: str, named: bool = True) -> dict:
+    """A tool call with its arguments, or with a piece of them: only the first piece is named."""
     slot = caller_tool(message, block).get("free", "function")
-    said = {**({"name": block["name"]} if start else {}), SAID[slot]: text}
-    if "functions" in message.wants:
-        return chat_chunk(message, {"function_call": said}) if message.calls == 1 else []
-    call = {"index": message.calls - 1, **({"id": block["id"], "type": slot} if start else {})}
-    return chat_chunk(message, {"tool_calls": [{**call, slot: said}]})
+    if not named:
+        return {slot: {SAID[slot]: text}}
+    return {"id": block["id"], "type": slot, slot: {"name": block["name"], SAID[slot]: text}}
+
+
+def chat_piece(message: Message, text: str, named: bool = False) -> list[bytes]:
+    """A chunk with a piece of the tool call that is being written; the old style has but one."""
+    call = chat_call(message, message.content[-1], text, named)
+    if "functions" not in message.wants:
+        return chat_chunk(message, {"tool_calls": [{"index": message.calls - 1, **call}]})
+    return chat_chunk(message, {"function_call": call["function"]}) if message.calls == 1 else []
 
 
 def chat_usage(message: Message) -> dict:
@@ -1263,11 +1268,11 @@ def chat_frames(message: Message, event: dict) -> list[bytes]:
             return []
         known, pieces = caller_tool(message, block), message.parts.get("input", [])
         if kind == "content_block_start":
-            return chat_call(message, "", True)
+            return chat_piece(message, "", named=True)
         if delta.get("partial_json") and "free" not in known:
-            return chat_call(message, delta["partial_json"])
+            return chat_piece(message, delta["partial_json"])
         late = kind == "content_block_stop" and ("free" in known or not any(pieces))
-        return chat_call(message, call_text(message, block)) if late else []    # "" is no JSON
+        return chat_piece(message, call_text(message, block)) if late else []   # "" is no JSON
     if kind == "message_delta":
         return chat_chunk(message, {})
     if kind == "message_stop":
@@ -1277,10 +1282,8 @@ def chat_frames(message: Message, event: dict) -> list[bytes]:
 
 
 def chat_body(message: Message) -> dict:
-    calls = [{"id": block["id"], "type": slot, slot: {
-        "name": block["name"], SAID[slot]: call_text(message, block)}}
-        for block in message.content if block["type"] == "tool_use"
-        for slot in [caller_tool(message, block).get("free", "function")]]
+    calls = [chat_call(message, block, call_text(message, block))
+             for block in message.content if block["type"] == "tool_use"]
     answer = {"role": "assistant", "refusal": None,
               "content": message.said("text") or (None if calls else "")}
     if message.said("thinking"):
