@@ -1230,7 +1230,8 @@ def call_text(message: Message, block: dict) -> str:
 
 def chat_call(message: Message, block: dict, text: str, named: bool = True) -> dict:
     """A tool call with its arguments, or with a piece of them: only the first piece is named."""
-    slot = caller_tool(message, block).get("free", "function")
+    slot = "function" if "functions" in message.wants else (    # the old style knows no other
+        caller_tool(message, block).get("free", "function"))
     if not named:
         return {slot: {SAID[slot]: text}}
     return {"id": block["id"], "type": slot, slot: {"name": block["name"], SAID[slot]: text}}

@@ -2244,6 +2244,16 @@ def test_old_style_callers_get_a_function_call():
     assert "tool_calls" not in choice["message"] and choice["finish_reason"] == "function_call"
 
 
+def test_an_old_style_caller_gets_a_function_call_of_a_custom_tool_too():
+    wants = {"functions": True, "tools": {"f": {"free": "custom"}}}
+    events = [start(), *call(0, "t", "f", '{"input": "say', ' it"}'), *end("tool_use")]
+    assert deltas(events, wants)[1:] == [
+        {"function_call": {"name": "f", "arguments": ""}},
+        {"function_call": {"arguments": "say it"}}, "function_call"]
+    assert chat_body(events, wants)["choices"][0]["message"]["function_call"] == {
+        "name": "f", "arguments": "say it"}
+
+
 def test_reasoning_tokens_are_told_when_the_api_counts_them():
     usage = chat_body([start(), *text(0, "a"), *end(
         output_tokens=9, output_tokens_details={"thinking_tokens": 4})])["usage"]
