@@ -897,7 +897,8 @@ def finish_history(turns: list[tuple[str, list[dict], str]], slot: str, rest: bo
                           if odd[0] in calls and odd[0] not in results else
                           f"the result for {odd[0]} answers no call before, or answers it twice")
         order = {call: at for at, call in enumerate(calls)}     # as a parked process answers them
-        blocks.sort(key=lambda b: order.get(b.get("tool_use_id"), len(calls)))
+        blocks.sort(key=lambda b: order[b["tool_use_id"]] if b["type"] == "tool_result"
+                    else len(calls))
         calls = [b["id"] for b in blocks if b["type"] == "tool_use"]
         if len(set(calls)) < len(calls) or known & set(calls) or (calls and role == "user"):
             raise refusal(where, "tool calls need unique ids, in an assistant's message")

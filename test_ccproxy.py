@@ -1323,6 +1323,8 @@ HISTORIES = [   # (dialect, messages, what the model is given)
      [user(said("q")), {"role": "assistant", "content": [
          CALL, {"type": "tool_use", "id": "toolu_2", "name": "f", "input": {}}]},
       user(result([said("1")]), result([said("2")], "toolu_2"))]),     # in the order of the calls
+    ("messages", [user(said("q"), {**IMAGE, "tool_use_id": {}})],       # of results alone
+     [user(said("q"), {**IMAGE, "tool_use_id": {}})]),
     ("chat", [user(said("q")), {"role": "assistant", "content": [CALL]}, user(result("sunny"))],
      [user(said("q")), {"role": "assistant", "content": [CALL]}, user(result([said("sunny")]))]),
     ("messages", [user(said("q")), {"role": "assistant", "content": [
