@@ -946,7 +946,9 @@ def parse_tool(tool: dict, where: str, free: bool, ignored: set[str]) -> dict:
     """A tool of any dialect (flat) as an Anthropic tool; a custom one, whose input is free text, as
     a function of one string."""
     if not free and tool.get("type") not in (None, "custom", "function"):   # typed: bash_*, ...
-        return {k: v for k, v in tool.items() if k != "cache_control"}
+        for name, kind in (("description", str), ("input_schema", dict)):   # most have neither
+            optional(tool, name, kind, where + ".")
+        return {k: v for k, v in tool.items() if v is not None and k != "cache_control"}
     ignored.update(f"{where}.{name}" for name in set(tool) - TOOL_FIELDS)
     told = optional(tool, "description", str, where + ".")
     slot = "input_schema" if "input_schema" in tool else "parameters"

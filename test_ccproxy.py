@@ -1937,6 +1937,8 @@ REFUSED = [     # (body but for model, how the name of the field at fault begins
     ({**ASKED, "tools": [WEATHER, {"name": "g", "description": 5, "input_schema": {}}]},
      "tools[1].description"),
     ({**ASKED, "tools": [{"name": "f", "input_schema": "x"}]}, "tools[0].input_schema"),
+    ({**ASKED, "tools": [{"name": "f", "type": "bash_1", "input_schema": 5}]},
+     "tools[0].input_schema"),
     ({**ASKED, "tools": [WEATHER, NESTED]}, "tools"),
     ({**ASKED, "tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}},
      "tool_choice"),
