@@ -527,8 +527,8 @@ def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Setti
 MAX_LINE = 8 * 1024             # bytes of a request line
 MAX_HEAD = 32 * 1024            # bytes of request line and fields together
 MAX_FIELDS = 100
-LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/(\d)\.(\d)")
-FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 NO_TEXT = re.compile(r"[^\t -~\x80-\xff]")        # nothing that a field's value may hold
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 
@@ -580,7 +580,7 @@ def parse_length(request: Request) -> int | None:
 
 def parse_head(head: bytes) -> Request:
     """A request head, through its blank line, as a Request.  ApiError if not strictly valid."""
-    first, *lines = head[:-4].split(b"\r\n")
+    first, *lines = head[:-4].decode("latin-1").split("\r\n")
     line, headers = LINE.fullmatch(first), {}
     if len(first) > MAX_LINE:
         raise ApiError("uri_too_long", f"request line: longer than {MAX_LINE} bytes")
@@ -588,18 +588,18 @@ def parse_head(head: bytes) -> Request:
         raise ApiError("headers_too_large", f"header fields: more than {MAX_FIELDS}")
     if not line:
         raise ApiError("invalid_request", "request line: expected METHOD TARGET HTTP/1.1")
-    if line.group(3) != b"1":
+    method, target, major, minor = line.groups()
+    if major != "1":
         raise ApiError("http_version", "only HTTP/1.1 and HTTP/1.0 are spoken here")
     for found in map(FIELD.fullmatch, lines):
         if not found:
             raise ApiError("invalid_request", "header fields: malformed line")
-        name = found.group(1).decode("ascii").lower()
-        value = found.group(2).strip(b" \t").decode("latin-1")
+        name, value = found.group(1).lower(), found.group(2).strip(" \t")
         if name in headers and name in ("host", "content-length", "transfer-encoding"):
             raise ApiError("invalid_request", f"header fields: {name} twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    request = Request(line.group(1).decode("ascii"), "", headers, int(line.group(4)))
-    request.path = parse_target(line.group(2).decode("ascii"), request)
+    request = Request(method, "", headers, int(minor))
+    request.path = parse_target(target, request)
     request.length = parse_length(request)
     return request
 
