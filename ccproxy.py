@@ -224,9 +224,9 @@ class Message:
             for target, pieces in self.parts.items():
                 text = "".join(pieces)
                 if target == "input":
-                    self.arguments[block["id"]] = text
-                block[target] = parse_input(text) if target == "input" else (
-                    (block.get(target) or "") + text)
+                    self.arguments[block["id"]], block[target] = text, parse_input(text)
+                else:
+                    block[target] = (block.get(target) or "") + text
             self.open = False
         elif kind == "message_start":
             self.start = event["message"]
