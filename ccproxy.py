@@ -653,6 +653,7 @@ PASSED_ON = ("redacted_thinking", "search_result", "server_tool_use",
 PAUSED = "pause_turn"       # stop reason of a turn that was cut off, and may be continued
 ROLES = ("user", "assistant", "system", "developer", "tool", "function")
 SAID = {"function": "arguments", "custom": "input"}     # envelope of a call -> its field of text
+CALL_ITEMS = {"function_call": "arguments", "custom_tool_call": "input"}    # Responses' items, too
 FREE_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
                "additionalProperties": False}
 TOOL_FIELDS = {"type", "name", "description", "parameters", "input_schema", "strict", "format",
@@ -852,16 +853,15 @@ def parse_item(item: dict, where: str) -> tuple[str, list[dict]]:
                 item.get("arguments"), where + ".arguments")},
             {"type": OWN_RESULT, "is_error": bool(item.get("error")),
              "content": parse_parts(said, where + ".output")}]
-    if kind not in ("function_call", "custom_tool_call", "function_call_output",
-                    "custom_tool_call_output", "reasoning"):
-        raise refusal(where + ".type", f"items of type {kind[:40]!r} cannot be used here")
     if kind == "reasoning":
         return "assistant", parse_reasoning(item, where)
+    said = CALL_ITEMS.get(kind.removesuffix("_output"))
+    if not said:
+        raise refusal(where + ".type", f"items of type {kind[:40]!r} cannot be used here")
     call = clean_id(item.get("call_id"), where + ".call_id")
     if kind.endswith("_output"):
         return "user", [{"type": "tool_result", "tool_use_id": call,
                          "content": parse_parts(item.get("output"), where + ".output")}]
-    said = "arguments" if kind == "function_call" else "input"
     return "assistant", [{
         "type": "tool_use", "id": call, "input": parse_arguments(
             item.get(said), f"{where}.{said}", said == "input"),
