@@ -254,7 +254,7 @@ class Message:
 def say(text: str) -> None:
     """One line for the operator, on stderr."""
     with contextlib.suppress(OSError, ValueError):
-        print(re.sub(r"[\x00-\x1f\x7f]+", " ", text), file=sys.stderr, flush=True)
+        print(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text), file=sys.stderr, flush=True)
 
 
 # == 2. Settings ===================================================================================

@@ -4197,7 +4197,7 @@ def test_the_proxy_says_one_line_with_base_urls_and_logs_one_line_a_request(tmp_
         assert f"OPENAI_BASE_URL={proxy.url}/v1" in proxy.banner
         one = http_post(proxy.url, "hi there", "messages", fields=["X-Request-Id: first-one"])
         http_post(proxy.url, "hi\nthere", stream=True)
-        http_post(proxy.url, "/error 429", model="a\x1b[2Jb")
+        http_post(proxy.url, "/error 429", model="a\x1b[2Jb\x9b2Jc")
         ask(proxy.url, "GET /health")
         ask(proxy.url, "POST /no/such", "X-Api-Key: hidden-key", body={})
         talk(proxy.url, b"nonsense\r\n\r\n")
@@ -4210,7 +4210,8 @@ def test_the_proxy_says_one_line_with_base_urls_and_logs_one_line_a_request(tmp_
     assert words[-1] == "first-one" and "$0" in proxy.log[0]
     assert [re.search(r" (\d{3}) ", line).group(1) for line in proxy.log] == [
         "200", "200", "429", "200", "404", "400"]
-    assert "\x1b" not in "".join(proxy.log) and "hidden-key" not in "".join(proxy.log)
+    log = "".join(proxy.log)
+    assert "\x1b" not in log and "\x9b" not in log and "hidden-key" not in log
 
 
 def test_help_names_every_option_with_its_default_and_environment_name(tmp_path):
