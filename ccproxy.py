@@ -1659,13 +1659,15 @@ class Refusals:
                         self.learn(full_id(), learned)
                     yield burst
                 return
-            except ApiError as error:
-                deaths += isinstance(error, Died)
-                rule = refusal_rule(plan, error.message) if error.status == 400 else None
-                if message.start or not (rule and len(learned) < REFUSAL_TRIES) and not (
-                        deaths == 1 and isinstance(error, Died)):
+            except Died:
+                deaths += 1
+                if message.start or deaths > 1:
                     raise
-                learned += [rule] if rule else []
+            except ApiError as error:
+                rule = refusal_rule(plan, error.message) if error.status == 400 else None
+                if message.start or not rule or len(learned) == REFUSAL_TRIES:
+                    raise
+                learned.append(rule)
             finally:
                 await stream.aclose()
 
