@@ -1487,6 +1487,7 @@ DIALECTS: dict[str, Dialect] = {
 REFUSAL_TRIES = 4               # parameters dropped for one request, at most
 SMALL_OUTPUT = 4096     # max_tokens below this are not shared with thinking that nobody asked for
 MOST_RULES = 200                # of a model; those of single schemas are many
+RULE_LIMIT = 4096               # characters of one that is kept: its value is a caller's
 REFUSAL_DAYS = 30               # then a model is asked again: vendors lift restrictions, too
 REFUSABLE: dict[str, str] = {       # what a turn may set -> how an error message names it
     "strict": r"^tools\.\d+\..*(not supported|strict)",
@@ -1625,7 +1626,8 @@ class Refusals:
     def learn(self, model: str, rules: list[dict]) -> None:
         """Remember rules that have helped."""
         known = self.rules.setdefault(model, [])
-        for rule in ({**rule, "at": int(time.time())} for rule in rules if not rule.get("once")):
+        for rule in ({**rule, "at": int(time.time())} for rule in rules
+                     if not rule.get("once") and len(json.dumps(rule)) <= RULE_LIMIT):
             known[:] = [old for old in known if {**old, "at": rule["at"]} != rule] + [rule]
         del known[:-MOST_RULES]
         try:                                # in one step: no reader meets half a file

@@ -6910,9 +6910,11 @@ def test_rules_are_kept_once_and_not_without_end(tmp_path):
     known = ccproxy.Refusals(str(tmp_path / "refusals.json"))
     for n in range(300):
         known.learn("m", [{"drop": "format", "with": [], "value": str(n)},
-                          {"drop": "temperature", "with": []}, {"drop": "x", "with": [], "once": True}])
-    assert len(known.rules["m"]) == ccproxy.MOST_RULES
-    assert [r["drop"] for r in known.rules["m"]].count("temperature") == 1
+                          {"drop": "temperature", "with": []}, {"drop": "x", "with": [], "once": True},
+                         {"drop": "stop_sequences", "with": [], "value": ["x" * 5000]}])
+    drops = [r["drop"] for r in known.rules["m"]]
+    assert len(drops) == ccproxy.MOST_RULES and drops.count("temperature") == 1
+    assert "stop_sequences" not in drops            # it is long
 
 
 def test_an_answer_to_a_schema_that_is_none_is_an_error(up):
