@@ -1592,6 +1592,10 @@ class Receipt:
     home: str = ""                          # and the private directory that belongs to it
 
 
+def is_fresh(rule: dict) -> bool:
+    return rule["at"] > time.time() - REFUSAL_DAYS * 86400
+
+
 class Refusals:
     """What each model has refused; kept in the state directory, so it is met only once."""
 
@@ -1600,14 +1604,13 @@ class Refusals:
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError,
                                  RecursionError):
             with open(path, encoding="utf-8") as file:
-                oldest = time.time() - REFUSAL_DAYS * 86400
-                self.rules = {model: [r for r in rules if r["at"] > oldest and all(
+                self.rules = {model: [r for r in rules if is_fresh(r) and all(
                     isinstance(name, str) for name in (r["drop"], *r["with"]))]
                               for model, rules in json.load(file).items()}
 
     def apply(self, turn: Turn, model: str, more: list[dict]) -> Turn:
         """The turn without what the model is known to refuse, and without `more`."""
-        rules = self.rules.get(model, []) + more
+        rules = [*filter(is_fresh, self.rules.get(model, [])), *more]
         always = [rule for rule in rules if not rule["with"]]
         turn = self._obey(turn, [r for r in always if not r["drop"].startswith("thinking.")])
         return self._obey(with_thinking(turn, [rule["drop"] for rule in always]), rules)

@@ -5463,6 +5463,16 @@ def test_a_bad_value_teaches_nothing_about_other_values(fields, message, rule):
     assert ccproxy.refusal_rule(turn(fields=fields), message) == rule
 
 
+def test_a_model_is_asked_again_after_a_month_also_by_a_proxy_that_runs(tmp_path, monkeypatch):
+    refusals = ccproxy.Refusals(str(tmp_path / "refusals.json"))
+    refusals.learn("m", [{"drop": "top_p", "with": []}])
+    asked, later = turn(fields={"top_p": 0.5}), time.time() + 31 * 86400
+    assert "top_p" not in refusals.apply(asked, "m", []).fields
+    monkeypatch.setattr(ccproxy.time, "time", lambda: later)
+    assert refusals.apply(asked, "m", []).fields["top_p"] == 0.5
+    assert ccproxy.Refusals(refusals.path).apply(asked, "m", []).fields["top_p"] == 0.5
+
+
 def test_a_rule_for_one_value_leaves_other_values_alone(tmp_path):
     refusals = ccproxy.Refusals(str(tmp_path / "refusals.json"))
     refusals.learn("m", [{"drop": "top_k", "with": [], "value": 600}])
