@@ -377,7 +377,8 @@ def aliases(value: Any) -> dict[str, dict[str, str]]:
 def path_of(kind: str, is_there: Callable[[str], bool]) -> Callable[[Any], str]:
     """A check: the absolute path of what has to be there; "" stays that."""
     def check(value: Any) -> str:
-        path = os.path.abspath(os.path.expanduser(string(value))) if value else ""
+        said = string(value or "")
+        path = os.path.abspath(os.path.expanduser(said)) if said else ""
         if path and not is_there(path):
             raise ValueError(f"{path} is no {kind}")
         return path

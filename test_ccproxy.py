@@ -7207,6 +7207,10 @@ def test_a_setting_of_agents_that_cannot_be_used_is_an_error_at_start(values, pr
         ccproxy.Settings(**values)
 
 
+def test_a_blank_directory_is_none_and_not_where_the_proxy_stands():
+    assert ccproxy.Settings(cwd=" ").cwd == ""
+
+
 @pytest.mark.parametrize("values", [{"permission_mode": "bypassPermissions"},
                                     {"models": {"a": {"permission_mode": "bypassPermissions"}}}])
 def test_root_bypasses_permissions_only_in_a_sandbox(monkeypatch, values):
