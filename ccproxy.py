@@ -758,23 +758,18 @@ def parse_part(part: Any, where: str) -> dict:
             need(source.get("data"), where + ".data", str)
         else:
             need(source.get("content"), where + ".content", str, list)
-    elif kind == "tool_use":
-        return {"type": kind, "id": clean_id(part.get("id"), where + ".id"),
-                "name": need(part.get("name"), where + ".name", str),
+    elif kind in ("tool_use", OWN_CALL):
+        called = {"id": clean_id(part.get("id"), where + ".id")} if kind == "tool_use" else {}
+        return {"type": kind, **called, "name": need(part.get("name"), where + ".name", str),
                 "input": need(part.get("input", {}), where + ".input", dict)}
-    elif kind == "tool_result":
-        return {"type": kind, "content": parse_parts(part.get("content"), where + ".content"),
-                "tool_use_id": clean_id(part.get("tool_use_id"), where + ".tool_use_id"),
-                **({"is_error": True} if part.get("is_error") is True else {})}
+    elif kind in ("tool_result", OWN_RESULT):
+        result = {"type": kind, "content": parse_parts(part.get("content"), where + ".content")}
+        if kind == "tool_result":
+            result["tool_use_id"] = clean_id(part.get("tool_use_id"), where + ".tool_use_id")
+        return {**result, **({"is_error": True} if part.get("is_error") is True else {})}
     elif kind == "tool_reference":          # Claude Code's tool search; all tools are listed here
         return {"type": "text", "text": f"{need(part.get('tool_name'), where + '.tool_name', str)} "
                                         "can be called now."}
-    elif kind == OWN_CALL:
-        return {"type": kind, "name": need(part.get("name"), where + ".name", str),
-                "input": need(part.get("input", {}), where + ".input", dict)}
-    elif kind == OWN_RESULT:
-        return {"type": kind, "content": parse_parts(part.get("content"), where + ".content"),
-                "is_error": part.get("is_error") is True}
     elif kind == "thinking":
         need(part.get("thinking"), where + ".thinking", str)
     elif kind not in PASSED_ON:
