@@ -224,7 +224,8 @@ class Message:
             for target, pieces in self.parts.items():
                 text = "".join(pieces)
                 if target == "input":
-                    self.arguments[block["id"]], block[target] = text, parse_input(text)
+                    self.arguments[block.get("id", "")] = text
+                    block[target] = parse_input(text)
                 else:
                     block[target] = (block.get(target) or "") + text
             self.open = False
@@ -1632,9 +1633,13 @@ class Refusals:
         try:                                # in one step: no reader meets half a file
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             handle, draft = tempfile.mkstemp(dir=os.path.dirname(self.path))    # 0600
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(self.rules, file)
-            os.replace(draft, self.path)
+            try:
+                with open(handle, "w", encoding="utf-8") as file:
+                    json.dump(self.rules, file)
+                os.replace(draft, self.path)
+            except OSError:
+                os.remove(draft)
+                raise
         except OSError as exc:
             say(f"cannot keep what models refuse in {self.path}: {exc}")
 

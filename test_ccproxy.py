@@ -5501,6 +5501,15 @@ def test_damaged_state_is_read_as_none(tmp_path, content):
     assert ccproxy.Refusals(str(path)).apply(turn(fields=fields), "m", []).fields == fields
 
 
+def test_what_a_model_refused_and_cannot_be_kept_leaves_no_half_file(tmp_path, capsys):
+    (tmp_path / "refusals.json").mkdir()
+    kept = ccproxy.Refusals(str(tmp_path / "refusals.json"))
+    kept.learn("m", [{"drop": "top_k", "with": []}])
+    assert os.listdir(tmp_path) == ["refusals.json"] and "cannot keep" in capsys.readouterr().err
+    fields = {"top_k": 5, "thinking": {"type": "disabled"}}
+    assert "top_k" not in kept.apply(turn(fields=fields), "m", []).fields
+
+
 def test_a_flood_of_blank_lines_ends_the_connection(url):
     with contextlib.suppress(ConnectionError):
         assert b" 200 " not in talk(url, b"\r\n" * 500_000)
@@ -6168,6 +6177,8 @@ ODD_EVENTS = [
     {"type": "message_delta", "delta": {"stop_reason": 7}, "usage": {}}, {"type": "error"},
     {"type": "content_block_delta", "index": 9, "delta": {"type": "text_delta", "text": "x"}},
     {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": [1]}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta",
+                                                          "partial_json": "{}"}},
     {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": "x"}},
     {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
      "usage": {"output_tokens_details": 5}}]
