@@ -3856,14 +3856,6 @@ class Permissions:
         return {"content": [{"type": "text", "text": json.dumps(verdict)}]}
 
 
-@dataclass
-class Seat:
-    """Who plays a turn of a session, and who waits for that."""
-    taken: bool = False
-    users: int = 0
-    free: asyncio.Future | None = None      # done when it is free again
-
-
 class Sessions:
     """Sessions of the CLI's by their callers' names: one turn at a time, kept in the store.
 
@@ -3874,7 +3866,7 @@ class Sessions:
                  homes: Callable[[], Iterable[str]] = tuple) -> None:
         self._store, self._ttl_s, self._place = store, ttl_days * 86400, place
         self._homes = homes                 # directories that processes have
-        self._busy: dict[tuple[str, str], Seat] = {}
+        self._busy: dict[tuple[str, str], asyncio.Future] = {}  # done when its turn has ended
         self._kept: dict[tuple[str, str], float] = {}       # when this proxy kept it last
         self._tasks: dict[tuple[str, str], tuple[dict, ...]] = {}   # that wait for a workspace
         self._swept = -math.inf
@@ -3885,26 +3877,19 @@ class Sessions:
         if not name:
             yield
             return
-        loop, seat = asyncio.get_running_loop(), self._busy.setdefault((caller, name), Seat())
-        until, mine = loop.time() + (wait_s or 0.1), False  # the turn before may be about to end
-        seat.users += 1
+        loop, key = asyncio.get_running_loop(), (caller, name)
+        until = loop.time() + (wait_s or 0.1)   # the turn before may be about to end
+        while key in self._busy:            # no lock: wait_for may lose one that it was given
+            if loop.time() >= until:
+                raise ApiError("conflict", f"session {name!r} is busy with another turn",
+                               "session_id", retry_after=1)
+            await asyncio.wait({self._busy[key]}, timeout=until - loop.time())
+        ended = self._busy[key] = loop.create_future()
         try:
-            while seat.taken:               # no lock: wait_for may lose one that it was given
-                if loop.time() >= until:
-                    raise ApiError("conflict", f"session {name!r} is busy with another turn",
-                                   "session_id", retry_after=1)
-                seat.free = seat.free or loop.create_future()
-                await asyncio.wait({seat.free}, timeout=until - loop.time())
-            seat.taken = mine = True
             yield
         finally:
-            seat.users -= 1
-            if mine and seat.free:
-                seat.free.set_result(None)
-                seat.free = None
-            seat.taken = seat.taken and not mine
-            if not seat.users:
-                del self._busy[caller, name]
+            del self._busy[key]
+            ended.set_result(None)
 
     async def find(self, caller: str, name: str, held: bool = False) -> dict | None:
         """A session as a dict of SESSION, if it is kept; times in Unix seconds.  `held`: alone()
