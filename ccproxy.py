@@ -3562,6 +3562,9 @@ KEPT_INPUT = 16_384         # characters of their input; a longer one is not
 LISTENERS = 32              # who may listen to questions at once
 NEWS_LIMIT = 1000           # events that a listener may lie behind
 ENDINGS = {"allow": "allowed", "deny": "denied", "expire": "expired", "cancel": "cancelled"}
+VERDICT: dict[str, tuple[type, Any]] = {    # field of an answer -> its kind, what it can be
+    "behavior": (str, ("allow", "deny")), "message": (str, None), "updatedInput": (dict, None),
+    "scope": (str, ("once", "conversation"))}
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -3799,17 +3802,12 @@ class Permissions:
         question = self.asked.get(name)
         if question is None:
             raise ApiError("not_found", f"no question {name[:100]!r} about a permission")
-        for key in set(body) - {"behavior", "message", "updatedInput", "scope"}:
+        for key in set(body) - set(VERDICT):
             raise refusal(key[:100], "unknown; expected behavior, message, updatedInput or scope")
-        behavior = need(body.get("behavior"), "behavior", str, among=("allow", "deny"))
-        ending = {"behavior": behavior}
-        if body.get("message") is not None:
-            ending["message"] = need(body["message"], "message", str)
-        if body.get("updatedInput") is not None:
-            ending["updatedInput"] = need(body["updatedInput"], "updatedInput", dict)
-        if body.get("scope") is not None:
-            ending["scope"] = need(body["scope"], "scope", str, among=("once", "conversation"))
-        for key in {"updatedInput", "scope"} & set(ending) if behavior == "deny" else ():
+        ending = {key: need(body.get(key), key, kind, among=among)
+                  for key, (kind, among) in VERDICT.items()
+                  if key == "behavior" or body.get(key) is not None}
+        for key in {"updatedInput", "scope"} & set(ending) if ending["behavior"] == "deny" else ():
             raise refusal(key, "goes with allow only")
         if "updatedInput" in ending and ending.get("scope") == "conversation":
             raise refusal("scope", "an input that was changed is allowed once")
@@ -3817,7 +3815,7 @@ class Permissions:
         if future is None or future.done():
             raise ApiError("conflict", f"already {question['status']}", "id")
         future.set_result(ending)
-        question["status"] = ENDINGS[behavior]
+        question["status"] = ENDINGS[ending["behavior"]]
         return question
 
     async def check(self, message: dict) -> dict | None:
@@ -3826,16 +3824,14 @@ class Permissions:
         method, params = need(message.get("method"), "method", str), optional(
             message, "params", dict)
         told: dict = {"error": {"code": -32601, "message": f"no method {method[:60]!r} here"}}
+        known = {"ping": {}, "tools/list": {"tools": [CHECK_TOOL]}, "initialize": {
+            "protocolVersion": params.get("protocolVersion", "2025-06-18"),
+            "capabilities": {"tools": {}},
+            "serverInfo": {"name": "ccproxy", "version": __version__}}}
         if "id" not in message:
             return None
-        if method == "initialize":
-            told = {"result": {"protocolVersion": params.get("protocolVersion", "2025-06-18"),
-                               "capabilities": {"tools": {}},
-                               "serverInfo": {"name": "ccproxy", "version": __version__}}}
-        elif method == "ping":
-            told = {"result": {}}
-        elif method == "tools/list":
-            told = {"result": {"tools": [CHECK_TOOL]}}
+        if method in known:
+            told = {"result": known[method]}
         elif method == "tools/call":
             try:
                 told = {"result": await self._checked(params)}
