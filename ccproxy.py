@@ -5193,12 +5193,10 @@ def route_path(path: str) -> tuple[str, str, str]:
     if parts and parts[0] in PREFIXES and not own:      # the last one is Claude Code's probe
         backend = PREFIXES[parts.pop(0)]
     known = "/" + "/".join(part for part in parts if part != "v1")
-    for base in ("/chat/completions", "/messages", "/responses"):
-        inner = f"{known}/{name}" if name else known
+    inner = f"{known}/{name}" if name else known
+    for base in ("", "/chat/completions", "/messages", "/responses"):
         if inner.startswith(base) and inner[len(base):] in ROUTES:
             return backend, inner[len(base):], ""
-        if inner in ROUTES:
-            return backend, inner, ""
     return backend, known + "/" * bool(name), name
 
 
