@@ -5229,26 +5229,29 @@ class Call:
     cancelled: bool = False
     headers: dict[str, str] = field(default_factory=dict)       # of the answer
     dialect: Dialect | None = None
-    turn: Turn | None = None
-    message: Message | None = None
+    turn: Turn = Turn("")
+    message: Message = field(default_factory=lambda: Message("", "", 0))
     receipt: Receipt = field(default_factory=Receipt)
     status: int = 0
     failure: str = ""
+    started: float = field(init=False)
     first_at: float = 0.0                   # time of the first delta
-    written_at: float = 0.0                 # time of the last frame, at first of the request
+    written_at: float = field(init=False)   # time of the last frame, at first of the request
     rendering: Rendering | None = None      # how an agent's tools show
     asks: bool = False                      # which workspace is still to be asked
     ended: bool = False                     # the stream has been told its end
     passed: bytes | None = None             # the end of what was relayed, if events are
 
+    def __post_init__(self) -> None:
+        self.started = self.written_at = self.now()
+
     def told(self) -> dict[str, str]:
         """The headers of the answer, with how the turn was served."""
-        turn = self.turn or Turn("")
         told = {"X-CC-Conversation": self.receipt.conversation,
-                "X-CC-Session": turn.session, "X-CC-Workspace": turn.launch.workspace,
+                "X-CC-Session": self.turn.session, "X-CC-Workspace": self.turn.launch.workspace,
                 "X-CC-Upstream-Request-Id": self.receipt.upstream, "X-CC-Ignored-Params":
                 ", ".join(self.receipt.ignored)[:2000],
-                "X-CC-Model": str(self.message.start.get("model", "") if self.message else "")}
+                "X-CC-Model": str(self.message.start.get("model", ""))}
         return {**self.headers, **{name: value for name, value in told.items() if value}}
 
     async def send(self, status: int, value: dict) -> None:
@@ -5326,7 +5329,7 @@ class Call:
             if error.status == 401:
                 self.headers["WWW-Authenticate"] = "Bearer"
             await self.send(error.status, {**envelope, "request_id": self.name})
-        elif self.turn and self.turn.stream and not self.ended:
+        elif self.turn.stream and not self.ended:
             self.write(self.frames({**envelope, "type": "error"}))
             self.connection.end()
         elif self.passed is not None:       # events are relayed; the last one may be half there
@@ -5336,16 +5339,15 @@ class Call:
         elif not self.ended:
             self.connection.abort()
 
-    def log_line(self, started: float) -> str:
+    def log_line(self) -> str:
         """POST /v1/messages sonnet 200 first 84 ms total 312 ms in 18 out 7 end_turn $0.0002 new
         req_..."""
-        message = self.message or Message("", "", 0)
-        used = message.tokens()
+        message, used = self.message, self.message.tokens()
         return " ".join(filter(None, (
             time.strftime("%H:%M:%S"), self.request.method, self.request.path[:200],
             (message.model or str(message.start.get("model", "")))[:80], str(self.status),
-            f"first {1000 * (self.first_at - started):.0f} ms" if self.first_at else "",
-            f"total {1000 * (self.now() - started):.0f} ms",
+            f"first {1000 * (self.first_at - self.started):.0f} ms" if self.first_at else "",
+            f"total {1000 * (self.now() - self.started):.0f} ms",
             f"in {used[0]} out {used[2]}" if any(used) else "", message.stop_reason or "",
             "" if self.receipt.cost is None else f"${self.receipt.cost:.4f}",
             self.receipt.conversation, self.name, self.failure and f"| {self.failure[:300]}")))
@@ -5416,7 +5418,6 @@ class App:
     async def handle(self, connection: Connection, request: Request) -> None:
         """Answer one request, whatever happens; one line of log."""
         call = Call(connection, request, asyncio.get_running_loop().time)
-        call.written_at = started = call.now()
         wished, error = request.headers.get("x-request-id", ""), None
         call.name = wished if re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", wished) else (
             "req_" + secrets.token_hex(12))
@@ -5441,10 +5442,19 @@ class App:
             error = ApiError("internal_error", "a bug in ccproxy; its log says more")
         finally:
             self.calls.discard(call)
-            if error is not None:
-                await call.fail(error)
-            if not self.settings.quiet:
-                say(call.log_line(started))
+            await self._finish(call, error)
+
+    async def refuse(self, connection: Connection, error: ApiError) -> None:
+        """Answer what was no request."""
+        nothing = Request("-", "", {})
+        await self._finish(Call(connection, nothing, asyncio.get_running_loop().time), error)
+
+    async def _finish(self, call: Call, error: ApiError | None) -> None:
+        """Tell of the failure, if there was one; one line of log."""
+        if error is not None:
+            await call.fail(error)
+        if not self.settings.quiet:
+            say(call.log_line())
 
     async def _admit(self, call: Call) -> str:
         """The work that the caller may ask for; none if the request is answered already."""
@@ -5489,14 +5499,6 @@ class App:
             await call.send(200, {})
             return ""
         return work
-
-    async def refuse(self, connection: Connection, error: ApiError) -> None:
-        """Answer what was no request."""
-        call = Call(connection, Request("-", "", {}), asyncio.get_running_loop().time)
-        started = call.now()
-        await call.fail(error)
-        if not self.settings.quiet:
-            say(call.log_line(started))
 
     def _identify(self, call: Call, needed: bool) -> None:
         """Who calls.  ApiError if no key was sent, and one is needed."""
