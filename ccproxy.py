@@ -5147,7 +5147,8 @@ class Server:
 # The only room that sees a dialect, a backend and a socket at once: authenticate, parse, open
 # events, fold and send, record; or pass on what is only relayed.  Owner of a turn's deadline and
 # the caller's identity.
-# To add a route: one row in ROUTES and a method of that name.
+# To add a route: one row in ROUTES and a method of that name, which gives the JSON to be sent, or
+# None where it has answered itself.
 
 ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> methods, work, dialect
     "/": ("GET", "about", ""), "/health": ("GET", "health", ""), "/healthz": ("GET", "health", ""),
@@ -5426,8 +5427,9 @@ class App:
         self.calls.add(call)
         try:
             work = await self._admit(call)
-            if work:
-                await getattr(self, "_" + work)(call)
+            answer = await getattr(self, "_" + work)(call) if work else None
+            if answer is not None:
+                await call.send(200, answer)
         except ApiError as exc:
             error = exc
         except RecursionError:
@@ -5692,15 +5694,15 @@ class App:
             if left <= 0 and call.connection.heartbeat:
                 call.ping()
 
-    async def _count(self, call: Call, body: dict | None = None) -> None:
+    async def _count(self, call: Call, body: dict | None = None) -> dict:
         turn = await self._parse(call, body)
         kind = {"object": "response.input_tokens"} if call.dialect is DIALECTS["responses"] else {}
         tokens = await self._in_time(
             call, self.upstream.count(turn, call.request.headers) if call.backend == "api" else
             self.conversations.count(turn))
-        await call.send(200, {**kind, "input_tokens": tokens})
+        return {**kind, "input_tokens": tokens}
 
-    async def _relay(self, call: Call) -> None:
+    async def _relay(self, call: Call) -> dict | None:
         """A request passed on upstream, and its answer passed back as it comes."""
         request, target = call.request, relay_target(call.request.target, *call.route)
         if call.dialect and request.method == "POST":
@@ -5724,6 +5726,7 @@ class App:
         finally:
             exchange.close()
             call.connection.heartbeat = None
+        return None
 
     async def _pass_on(self, call: Call, exchange: Exchange) -> None:
         await exchange.open()
@@ -5761,7 +5764,7 @@ class App:
         if not bare:
             connection.end()
 
-    async def _cancel(self, call: Call) -> None:
+    async def _cancel(self, call: Call) -> dict:
         """End running requests of this caller by their id; their work ends as if he had gone."""
         name = call.route[2]
         hits = [each for each in self.calls if each.name == name and each.task and not (
@@ -5771,27 +5774,26 @@ class App:
         for each in hits:
             each.cancelled = True
             each.task.cancel()
-        await call.send(200, {"id": name, "object": "request", "cancelled": True})
+        return {"id": name, "object": "request", "cancelled": True}
 
-    async def _permissions(self, call: Call) -> None:
-        await call.send(200, {"object": "list", "data": self.permissions.pending()})
+    async def _permissions(self, _: Call) -> dict:
+        return {"object": "list", "data": self.permissions.pending()}
 
-    async def _permission(self, call: Call) -> None:
+    async def _permission(self, call: Call) -> dict:
         """GET of a question, or POST of an answer to it."""
         name, _, part = call.route[2].partition("/")
         if (part, call.request.method) == ("respond", "POST"):
-            answered = self.permissions.answer(name, await self._read_json(call))
-            return await call.send(200, answered)
+            return self.permissions.answer(name, await self._read_json(call))
         question = self.permissions.asked.get(name)
         if question is None or part or call.request.method == "POST":
             raise ApiError("not_found", f"no question {call.route[2][:100]!r} about a permission")
-        await call.send(200, question)
+        return question
 
-    async def _permission_news(self, call: Call) -> None:
+    async def _permission_news(self, call: Call) -> dict | None:
         """Questions as events, as they come and are answered; first those that are pending."""
         connection, beat_s = call.connection, min(15.0, self.settings.heartbeat)
         if call.request.method == "HEAD":
-            return await call.send(200, {})
+            return {}
         with self.permissions.listening() as news:
             call.status = 200
             connection.start(200, {"Content-Type": "text/event-stream; charset=utf-8",
@@ -5811,33 +5813,34 @@ class App:
                     await connection.drain()
         connection.heartbeat, call.ended = None, True
         connection.end()
+        return None
 
-    async def _permission_check(self, call: Call) -> None:
+    async def _permission_check(self, call: Call) -> dict | None:
         """The same question as a tool of an MCP server over HTTP, for a CLI that runs elsewhere."""
         answer = await self._in_time(call, self.permissions.check(await self._read_json(call)))
-        if answer is not None:
-            return await call.send(200, answer)
-        call.status = 202
-        await call.connection.send(202, call.told())
+        if answer is None:
+            call.status = 202
+            await call.connection.send(202, call.told())
+        return answer
 
-    async def _sessions(self, call: Call) -> None:
+    async def _sessions(self, call: Call) -> dict:
         found = await self.sessions.list(call.receipt.caller)
-        await call.send(200, {"object": "list", "data": list(map(session_object, found))})
+        return {"object": "list", "data": list(map(session_object, found))}
 
-    async def _session(self, call: Call) -> None:
+    async def _session(self, call: Call) -> dict:
         """GET or DELETE of a session; its process ends, and what is written down of it goes."""
         caller, name = call.receipt.caller, call.route[2]
         found = await self.sessions.find(caller, name)
         if found is None:
             raise ApiError("not_found", f"no session {name[:128]!r} of yours", "session_id")
         if call.request.method != "DELETE":
-            return await call.send(200, session_object(found))
+            return session_object(found)
         async with self.sessions.alone(caller, name, 0):
             await self.conversations.end_session(caller, name)
             await self.sessions.delete(caller, name)
-        await call.send(200, {"id": name, "object": "session", "deleted": True})
+        return {"id": name, "object": "session", "deleted": True}
 
-    async def _stored(self, call: Call) -> None:
+    async def _stored(self, call: Call) -> dict:
         """GET or DELETE of a stored response; GET of its input, a page of it, newest first."""
         name, _, part = call.route[2].partition("/")
         who, query = (name, call.receipt.caller), call.request.query
@@ -5845,18 +5848,18 @@ class App:
         if call.request.method == "DELETE" and not part:
             if not await self.store.run(self.store.delete, *who):
                 raise missing
-            return await call.send(200, {"id": name, "object": "response", "deleted": True})
+            return {"id": name, "object": "response", "deleted": True}
         response = await self.store.run(self.store.read, *who)
         if not response or part not in ("", "input_items") or call.request.method == "DELETE":
             raise missing
         if query.get("stream", "false").lower() == "true":
             raise refusal("stream", "a stored response is read whole")
         if not part:
-            return await call.send(200, response)
+            return response
         items = await self.store.run(self.store.context, *who)
-        await call.send(200, page_of(items[:len(items) - len(response["output"])], query))
+        return page_of(items[:len(items) - len(response["output"])], query)
 
-    async def _models(self, call: Call) -> None:
+    async def _models(self, call: Call) -> dict:
         """What the backend reports, by name and full id, and what --models names: for both SDKs."""
         named: dict[str, str] = {}
         made: dict[str, Any] = {}
@@ -5872,38 +5875,38 @@ class App:
                 target = alias.get("model") or name
                 named[name] = named.get(target, target)
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started))
-        entries = [{"id": name, "object": "model", "type": "model", "display_name": shown,
-                    "owned_by": "anthropic", "created": self._started,
-                    "created_at": made.get(name) or since}
-                   for name, shown in named.items()]
+        entries = {name: {"id": name, "object": "model", "type": "model", "display_name": shown,
+                          "owned_by": "anthropic", "created": self._started,
+                          "created_at": made.get(name) or since}
+                   for name, shown in named.items()}
         wanted = call.route[2]
-        if wanted and wanted not in named:
+        if wanted and wanted not in entries:
             raise ApiError("not_found", f"no model is named {wanted[:100]!r}; GET /v1/models lists "
                            "them", param="model")
-        await call.send(200, entries[list(named).index(wanted)] if wanted else {
-            "object": "list", "data": entries, "has_more": False,
-            "first_id": next(iter(named), None), "last_id": next(reversed(named), None)})
+        return entries[wanted] if wanted else {
+            "object": "list", "data": list(entries.values()), "has_more": False,
+            "first_id": next(iter(named), None), "last_id": next(reversed(named), None)}
 
-    async def _about(self, call: Call) -> None:
-        await call.send(200, {"name": "ccproxy", "openai_base_url": f"{self.url}/v1",
-                              "anthropic_base_url": self.url})
+    async def _about(self, _: Call) -> dict:
+        return {"name": "ccproxy", "openai_base_url": f"{self.url}/v1",
+                "anthropic_base_url": self.url}
 
-    async def _health(self, call: Call) -> None:
-        await call.send(200, {"status": "ok"})
+    async def _health(self, _: Call) -> dict:
+        return {"status": "ok"}
 
-    async def _ready(self, call: Call) -> None:
+    async def _ready(self, _: Call) -> dict:
         """Whether a request could be served now: CLI found, new enough, a process up."""
         if self.settings.backend == "api":
-            return await call.send(200, {"status": "ready", "upstream": self.upstream.base})
+            return {"status": "ready", "upstream": self.upstream.base}
         await self.conversations.command()
         if not self.conversations.fleet and self.settings.warm:
             raise ApiError("unavailable", self.conversations.trouble, retry_after=1)
-        await call.send(200, {"status": "ready", "claude": self.conversations.version})
+        return {"status": "ready", "claude": self.conversations.version}
 
-    async def _status(self, call: Call) -> None:
+    async def _status(self, _: Call) -> dict:
         talk = self.conversations
         parked = sum(bool(claude.awaited) for claude in talk.idle.values())
-        await call.send(200, {
+        return {
             "version": __version__, "claude": talk.version, "trouble": talk.trouble or None,
             "backend": self.settings.backend, "upstream": {
                 "url": self.upstream.base, "streams": len(self.upstream.exchanges)},
@@ -5911,7 +5914,7 @@ class App:
                 "all": len(talk.fleet), "spare": len(talk.spares), "parked": parked,
                 "idle": len(talk.idle) - parked}, "connections": len(self.server.connections),
             "permissions": {"pending": len(self.permissions.pending()),
-                            "listeners": len(self.permissions.listeners)}})
+                            "listeners": len(self.permissions.listeners)}}
 
 
 # == 15. Commands ==================================================================================
