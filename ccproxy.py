@@ -5272,11 +5272,15 @@ class Call:
             self.write(frames)
             await self.connection.drain()
         if self.message.done and self.turn.stream:
-            self.connection.heartbeat, self.ended = None, True
-            self.connection.end()
+            self.end()
         elif self.message.done:
             self.ended = True
             await self.send(200, self.dialect.body(self.message))
+
+    def end(self) -> None:
+        """The stream is whole: nothing more is written into it."""
+        self.connection.heartbeat, self.ended = None, True
+        self.connection.end()
 
     def frames(self, event: dict) -> list[bytes]:
         frames = self.dialect.frames(self.message, event)
@@ -5795,11 +5799,7 @@ class App:
         if call.request.method == "HEAD":
             return {}
         with self.permissions.listening() as news:
-            call.status = 200
-            connection.start(200, {"Content-Type": "text/event-stream; charset=utf-8",
-                                   "Cache-Control": "no-cache", "X-Accel-Buffering": "no",
-                                   **call.told()}.items())
-            connection.write(b": listening\n\n")
+            call.write([b": listening\n\n"])
             connection.heartbeat = lambda: connection.write(b":\n\n")
             told: Any = ()
             while told is not None and not connection.writer.is_closing():
@@ -5811,8 +5811,7 @@ class App:
                 if frame:
                     connection.write(frame)
                     await connection.drain()
-        connection.heartbeat, call.ended = None, True
-        connection.end()
+        call.end()
         return None
 
     async def _permission_check(self, call: Call) -> dict | None:
