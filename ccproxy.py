@@ -3917,13 +3917,12 @@ class Sessions:
         with contextlib.suppress(OSError):
             for entry in os.scandir(self._place):
                 old = time.time() - entry.stat(follow_symlinks=False).st_mtime > 2 * 86400
-                if old and self.own({"cwd": entry.path}) and entry.name not in used and (
+                if old and self.own(entry.path) and entry.name not in used and (
                         entry.is_dir(follow_symlinks=False)):
                     remove(entry.path)
 
-    def own(self, session: dict) -> bool:
-        """Whether a session has a directory that was made for it."""
-        path = session["cwd"]
+    def own(self, path: str) -> bool:
+        """Whether a directory was made for a session."""
         return os.path.dirname(path) == self._place and os.path.basename(path).startswith("agent-")
 
     def latest(self, caller: str, session: dict | None) -> bool:
@@ -3958,30 +3957,31 @@ class Sessions:
     def _wipe(self, session: dict) -> None:
         """Remove the CLI's transcripts of a session, and its directory if that is its own."""
         remove_transcripts(session["cli"])
-        if self.own(session):
+        if self.own(session["cwd"]):
             remove(session["cwd"])
 
     def settled(self, caller: str, name: str) -> None:
         """It is known where a session works: nothing waits for that."""
         self._tasks.pop((caller, name), None)
+
     def choose(self, caller: str, name: str, messages: tuple[dict, ...], names: Iterable[str]
                ) -> tuple[str, tuple[dict, ...]]:
         """As chosen_workspace, for a caller who sends only what is new: his task was kept."""
         task = self._tasks.pop((caller, name), ())
         asked = {"role": "assistant", "content": [{"type": "text", "text": WHICH}]}
         workspace = task and chosen_workspace((task[-1], asked, messages[-1]), names)[0]
-        if not workspace:
-            self._tasks[caller, name] = task or messages
-            for key in list(self._tasks)[:-20]:
-                del self._tasks[key]
-        return workspace or "", task
+        if workspace:
+            return workspace, task
+        self._tasks[caller, name] = task or messages
+        for key in list(self._tasks)[:-20]:
+            del self._tasks[key]
+        return "", messages
 
 
 def session_object(session: dict) -> dict:
     """What a caller is told of a session; never a path."""
     return {"id": session["id"], "object": "session", "workspace": session["workspace"] or None,
             "created_at": int(session["created_at"]), "used_at": int(session["used_at"])}
-
 
 
 # == 12. Upstream ==================================================================================
@@ -5598,13 +5598,13 @@ class App:
         if session is None:
             launch, messages = turn.launch, turn.messages
             if call.asks:
-                workspace, rest = self.sessions.choose(caller, name, messages,
-                                                       self.settings.workspaces)
-                call.asks, messages = not workspace, rest if workspace else messages
+                workspace, messages = self.sessions.choose(caller, name, messages,
+                                                           self.settings.workspaces)
+                call.asks = not workspace
                 launch = self.conversations.launch(workspace, launch.permission_mode)
             call.turn = replace(turn, messages=messages, launch=replace(launch, kept=True))
             return
-        workspace, own = session["workspace"], self.sessions.own(session)
+        workspace, own = session["workspace"], self.sessions.own(session["cwd"])
         if turn.launch.workspace not in ("", workspace) or workspace not in (
                 "", *self.settings.workspaces):
             raise ApiError("conflict", f"session {name!r} belongs to another workspace, "
