@@ -2566,25 +2566,26 @@ def key_digest(key: str) -> str:
 def agent_key(folder: str) -> tuple[str, str]:
     """The digest of the key for agents where the operator sets none, and the key itself when it
     has just been made: only its digest is kept.  OSError if it cannot be."""
-    path = os.path.join(folder, "agent-key.sha256")
-    for key in ("", "ccp-" + secrets.token_urlsafe(32)):
-        if key:                             # in one step, and not over another's
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=folder)        # 0600
-            with open(handle, "w", encoding="ascii") as file:
-                file.write(key_digest(key))
-            try:
-                os.link(draft, path)
-            except OSError:                 # it is there, or the file system knows no links
-                if not os.path.exists(path):
-                    shutil.copy(draft, path)
-            os.remove(draft)
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
-            digest = file.read().strip()
-            if not re.fullmatch("[0-9a-f]{64}", digest):
-                raise OSError(f"{path} holds no digest; remove it to have a new key made")
-            return digest, key if key_digest(key) == digest else ""
-    raise OSError(f"{path} cannot be made")
+    path, key = os.path.join(folder, "agent-key.sha256"), ""
+    try:
+        os.stat(path)
+    except FileNotFoundError:               # made in one step, and not over another's
+        key = "ccp-" + secrets.token_urlsafe(32)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=folder)    # 0600
+        with open(handle, "w", encoding="ascii") as file:
+            file.write(key_digest(key))
+        try:
+            os.link(draft, path)
+        except OSError:                     # it is there, or the file system knows no links
+            if not os.path.exists(path):
+                shutil.copy(draft, path)
+        os.remove(draft)
+    with open(path, encoding="ascii") as file:
+        digest = file.read().strip()
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise OSError(f"{path} holds no digest; remove it to have a new key made")
+    return digest, key if key_digest(key) == digest else ""
 
 
 # == 9. Claude =====================================================================================
