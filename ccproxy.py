@@ -2470,9 +2470,13 @@ class Store:
         db.execute("INSERT INTO bodies VALUES (?, ?, ?)", (name, *texts))
         db.execute(CHAIN + "UPDATE responses SET used = ? WHERE id IN (SELECT id FROM chain)",
                    (name, caller, now))
-        oldest = "DELETE FROM responses WHERE used = (SELECT MIN(used) FROM responses)"
-        while db.execute("SELECT SUM(size + echoed) FROM responses").fetchone()[0] > self._size:
-            db.execute(oldest)
+        over = db.execute("SELECT SUM(size + echoed) FROM responses").fetchone()[0] - self._size
+        oldest, until = db.execute("SELECT used, SUM(size + echoed) FROM responses GROUP BY used "
+                                   "ORDER BY used"), 0.0
+        while over > 0:                     # one walk: a big one may push thousands out
+            until, freed = next(oldest)
+            over -= freed
+        db.execute("DELETE FROM responses WHERE used <= ?", (until,))
 
     def delete(self, name: str, caller: str) -> bool:
         """Whether there was one; what it held stays for as long as a response continues it."""

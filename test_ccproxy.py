@@ -5148,6 +5148,20 @@ def test_a_conversation_that_lost_its_beginning_is_not_continued_without_it(tmp_
     assert (whole, cut, last) == (3, [], "resp_3")
 
 
+def test_a_big_response_pushes_many_small_ones_out_in_one_walk(tmp_path):
+    def work(store):
+        told = []
+        store._db.set_trace_callback(told.append)
+        kept("resp_big", text="x" * 40_000)(store)
+        ids = [row[0] for row in store._db.execute("SELECT id FROM responses ORDER BY used")]
+        return sum("SUM(size" in statement for statement in told), ids
+    *_, (sums, left) = stored(tmp_path, *[kept(f"resp_{n}") for n in range(300)], work,
+                                    size=60_000)
+    assert sums < 5
+    assert 1 < len(left) < 200 and left == [
+        f"resp_{n}" for n in range(301 - len(left), 300)] + ["resp_big"]
+
+
 def test_deleting_leaves_nothing_behind_once_nothing_continues_it(tmp_path):
     def rows(store):
         return store._db.execute("SELECT COUNT(*) FROM responses").fetchone()[0]
