@@ -3618,17 +3618,16 @@ class Rendering:
         return [told for event in events for told in self._event(event)]
 
     def _event(self, event: dict) -> list[dict]:
-        kind = event["type"]
+        kind, first = event["type"], event["type"] == "content_block_start"
         if not kind.startswith("content_block_"):
             return [event]
-        if kind == "content_block_start":
+        if first:
             self._block, self._pieces = event["content_block"], []
             if self._block["type"] == OWN_CALL:
                 self._names[self._block["id"]] = self._block["name"]
         if self._block["type"] in (OWN_CALL, OWN_RESULT):
             self._pieces.append((event.get("delta") or {}).get("partial_json") or "")
             return self._own() if kind == "content_block_stop" else []
-        first = kind == "content_block_start"
         self._sent += first
         told = [{**event, "index": self._sent - 1}]
         return told + (self._gap() if first and self._block["type"] == "text" else [])
@@ -5504,8 +5503,8 @@ class App:
         if work not in PUBLIC and origin is None and headers.get("sec-fetch-site") == "cross-site":
             raise ApiError("forbidden", "another site's page may not call")    # an image, a link
         if work not in PUBLIC:
-            self._identify(call, work in KEYED or work in ("answer", "count", "relay")
-                           and call.backend == "agent")
+            self._identify(call, work in KEYED or call.backend == "agent" and work in (
+                "answer", "count"))
         if method == "HEAD" and served == "POST":       # a probe
             await call.send(200, {})
             return ""
@@ -5714,10 +5713,11 @@ class App:
     async def _relay(self, call: Call) -> dict | None:
         """A request passed on upstream, and its answer passed back as it comes."""
         request, target = call.request, relay_target(call.request.target, *call.route)
-        if call.dialect and request.method == "POST":
+        posted = call.dialect and request.method == "POST"
+        if posted:
             self._need_json(call)
         body = await call.connection.read_body(self.settings.max_body)
-        if not call.route[0] and call.dialect and request.method == "POST" and any(
+        if posted and not call.route[0] and any(
                 "backend" in alias for alias in self.settings.models.values()):
             asked = parse_json(body)
             alias = alias_of(self.settings.models, str(asked.get("model")))
