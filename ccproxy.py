@@ -2585,7 +2585,7 @@ def agent_key(folder: str) -> tuple[str, str]:
             if not os.path.exists(path):
                 shutil.copy(draft, path)
         os.remove(draft)
-    with open(path, encoding="ascii") as file:
+    with open(path, encoding="ascii", errors="replace") as file:
         digest = file.read().strip()
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise OSError(f"{path} holds no digest; remove it to have a new key made")

@@ -7193,9 +7193,10 @@ def test_a_key_of_the_operators_is_the_only_one(tmp_path):
         assert Agent(url).ask("hi").text == "hi"
 
 
-@pytest.mark.parametrize("text, problem", [("", "no digest"), ("x" * 64, "no digest")])
+@pytest.mark.parametrize("text, problem", [("", "no digest"), ("x" * 64, "no digest"),
+                                           ("\u00e9" * 64, "no digest")])
 def test_a_broken_file_of_the_agents_key_is_said(tmp_path, text, problem):
-    (tmp_path / "agent-key.sha256").write_text(text)
+    (tmp_path / "agent-key.sha256").write_text(text, encoding="utf-8")
     with pytest.raises(OSError, match=problem):
         ccproxy.agent_key(str(tmp_path))
 
