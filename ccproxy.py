@@ -3896,11 +3896,15 @@ class Sessions:
         is ours, so an old one can go."""
         await self._sweep()
         found = next(iter(await self._store.run(self._store.sessions, caller, name)), None)
-        if found and found["used_at"] < time.time() - self._ttl_s:
+        if found and self._over(found):
             if held or (caller, name) not in self._busy:
                 await self.delete(caller, name)
             return None
         return found
+
+    def _over(self, session: dict) -> bool:
+        """Whether a session was not used for too long."""
+        return session["used_at"] < time.time() - self._ttl_s
 
     async def _sweep(self) -> None:
         """Once an hour, let go what was not used for too long, and directories of nobody's."""
@@ -3910,7 +3914,7 @@ class Sessions:
         self._swept = now
         for old in await self._store.run(self._store.sessions, None, None):
             key = old["caller"], old["id"]
-            if old["used_at"] < now - self._ttl_s and key not in self._busy:
+            if self._over(old) and key not in self._busy:
                 await self.delete(*key)
         kept = [old["cwd"] for old in await self._store.run(self._store.sessions, None, None)]
         used = set(map(os.path.basename, [*kept, *self._homes()]))
@@ -3934,7 +3938,8 @@ class Sessions:
         return session is not None and self._kept.get((caller, session["id"])) == session["used_at"]
 
     async def list(self, caller: str) -> list[dict]:
-        return await self._store.run(self._store.sessions, caller, None)
+        kept = await self._store.run(self._store.sessions, caller, None)
+        return [session for session in kept if not self._over(session)]
 
     async def keep(self, caller: str, name: str, workspace: str, cwd: str, cli: str) -> None:
         """Note where a session stands.  What it was before, if it began anew, is forgotten."""

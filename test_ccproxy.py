@@ -8122,6 +8122,7 @@ def test_sessions_are_their_callers_and_go_when_they_are_old(tmp_path):
         assert (await sessions.find("a", "s"))["cli"] == "uuid"
         assert await sessions.delete("a", "t") and foreign.exists() and own.exists()
         await store.run(lambda: store._db.execute("UPDATE sessions SET used_at = used_at - 2592001"))
+        assert await sessions.list("a") == [] and own.exists()
         assert await sessions.find("a", "s") is None and not own.exists()
         await sessions.keep("b", "s", "", str(other), "uuid")
         await store.run(lambda: store._db.execute("UPDATE sessions SET used_at = used_at - 2592001"))
