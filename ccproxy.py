@@ -3564,6 +3564,7 @@ CHECK_TOOL = {"name": "check", "description": "Ask the operator of ccproxy wheth
                   "tool_use_id": {"type": "string"}}}}
 ANSWERED = 200              # answered questions that are remembered
 KEPT_INPUT = 16_384         # characters of their input; a longer one is not
+NAME_LIMIT = 256            # characters of a tool's name, and of a call's, where a client says them
 LISTENERS = 32              # who may listen to questions at once
 NEWS_LIMIT = 1000           # events that a listener may lie behind
 ENDINGS = {"allow": "allowed", "deny": "denied", "expire": "expired", "cancel": "cancelled"}
@@ -3847,6 +3848,9 @@ class Permissions:
         """The result of the tool.  ApiError names what its arguments lack."""
         need(params.get("name"), "params.name", str, among=(CHECK_TOOL["name"],))
         said, where = optional(params, "arguments", dict, "params."), "params.arguments."
+        for name in ("tool_name", "tool_use_id"):       # answered questions are remembered
+            if len(optional(said, name, str, where)) > NAME_LIMIT:
+                raise refusal(where + name, f"longer than {NAME_LIMIT} characters")
         verdict = await self.ask(
             need(said.get("tool_name"), where + "tool_name", str),
             need(said.get("input"), where + "input", dict),

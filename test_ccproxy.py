@@ -7886,6 +7886,9 @@ def test_the_same_question_as_a_tool_of_mcp(tmp_path):
         assert rpc("tools/call", {"name": "other"})["code"] == -32602
         said = rpc("tools/call", {"name": "check", "arguments": {"tool_name": "x"}})
         assert said["code"] == -32602 and "params.arguments.input" in said["message"]
+        for name in ("tool_name", "tool_use_id"):
+            said = rpc("tools/call", {"name": "check", "arguments": {name: "x" * 257}})
+            assert said["code"] == -32602 and f"params.arguments.{name}" in said["message"]
         asked = {"name": "check", "arguments": {"tool_name": "Bash", "input": {"command": "ls"}}}
         verdict = json.loads(rpc("tools/call", asked)["content"][0]["text"])
         assert verdict["behavior"] == "deny" and "ccproxy.py approve" in verdict["message"]
