@@ -5813,18 +5813,15 @@ class App:
         if call.request.method == "HEAD":
             return {}
         with self.permissions.listening() as news:
-            call.write([b": listening\n\n"])
-            connection.heartbeat = lambda: connection.write(b":\n\n")
-            told: Any = ()
-            while told is not None and not connection.writer.is_closing():
+            connection.heartbeat, frame = lambda: connection.write(b":\n\n"), b": listening\n\n"
+            while frame and not connection.writer.is_closing():
+                call.write([frame])
+                await connection.drain()
                 try:                        # until 3.11 wait_for may swallow a cancellation
                     told = await asyncio.wait_for(news.get(), beat_s)
                     frame = sse_frame(told[1], told[0]) if told else b""
                 except asyncio.TimeoutError:
                     frame = b":\n\n"
-                if frame:
-                    connection.write(frame)
-                    await connection.drain()
         call.end()
         return None
 
