@@ -5406,7 +5406,7 @@ class App:
         self.port = await self.server.start()
         await self.conversations.start()
         try:
-            if host_name(self.upstream.host) and is_loopback(host_name(self.upstream.host)) and (
+            if is_loopback(host_name(self.upstream.host)) and (
                     urllib.parse.urlsplit(self.upstream.base).port == self.port):
                 raise ConfigError(f"the upstream {self.upstream.base} is this proxy itself; unset "
                                   "ANTHROPIC_BASE_URL, or set --upstream-url")
@@ -5606,15 +5606,15 @@ class App:
         session = await self.sessions.find(caller, name, held=True)
         if not self.sessions.latest(caller, session):   # it went on elsewhere, or was deleted
             await self.conversations.end_session(caller, name)
-        if session or not call.asks:
+        launch, messages = turn.launch, turn.messages
+        if session is None and call.asks:
+            workspace, messages = self.sessions.choose(caller, name, messages,
+                                                       self.settings.workspaces)
+            call.asks = not workspace
+            launch = self.conversations.launch(workspace, launch.permission_mode)
+        else:
             self.sessions.settled(caller, name)
         if session is None:
-            launch, messages = turn.launch, turn.messages
-            if call.asks:
-                workspace, messages = self.sessions.choose(caller, name, messages,
-                                                           self.settings.workspaces)
-                call.asks = not workspace
-                launch = self.conversations.launch(workspace, launch.permission_mode)
             call.turn = replace(turn, messages=messages, launch=replace(launch, kept=True))
             return
         workspace, own = session["workspace"], self.sessions.own(session["cwd"])
