@@ -5175,14 +5175,13 @@ ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> methods, w
     "/responses/input_tokens": ("POST", "count", "responses"),
     "/responses/": ("GET, DELETE", "stored", "responses"),
     "/requests/": ("DELETE", "cancel", ""),
-    "/permissions": ("GET", "permissions", ""), "/permissions/": ("GET, POST", "permission", ""),
+    "/permissions": ("GET", "permission", ""), "/permissions/": ("GET, POST", "permission", ""),
     "/permissions/stream": ("GET", "permission_news", ""),
     "/mcp/permission/check": ("POST", "permission_check", ""),
-    "/sessions": ("GET", "sessions", ""), "/sessions/": ("GET, DELETE", "session", ""),
+    "/sessions": ("GET", "session", ""), "/sessions/": ("GET, DELETE", "session", ""),
 }
 PUBLIC = ("about", "health", "ready")       # work that needs no key
-KEYED = ("permissions", "permission", "permission_news", "permission_check", "sessions",
-         "session")             # work that always needs one, as agents do
+KEYED = ("permission", "permission_news", "permission_check", "session")    # always, as agents do
 PREFIXES = {"chat": "chat", "sdk": "agent", "api": "api"}   # of a path:  /sdk/v1/messages
 AGENT_HEADERS = ("X-CC-Workspace", "X-CC-Verbosity", "X-CC-Session", "X-CC-Session-Busy")
 SESSION_NAME = r"\w[\w.:@-]{0,127}"
@@ -5320,7 +5319,7 @@ class Call:
         self.written_at = self.now()
         self.first_at = self.first_at or self.written_at * bool(data)
         if self.passed is not None:
-            self.passed = (self.passed + data)[-2:] if len(data) < 2 else data[-2:]
+            self.passed = (self.passed + data[-2:])[-2:]
         self.connection.write(data)
 
     @property
@@ -5794,12 +5793,11 @@ class App:
             each.task.cancel()
         return {"id": name, "object": "request", "cancelled": True}
 
-    async def _permissions(self, _: Call) -> dict:
-        return {"object": "list", "data": self.permissions.pending()}
-
     async def _permission(self, call: Call) -> dict:
-        """GET of a question, or POST of an answer to it."""
+        """GET of a question or of all that are pending, or POST of an answer to one."""
         name, _, part = call.route[2].partition("/")
+        if not call.route[2]:
+            return {"object": "list", "data": self.permissions.pending()}
         if (part, call.request.method) == ("respond", "POST"):
             return self.permissions.answer(name, await self._read_json(call))
         question = self.permissions.asked.get(name)
@@ -5833,13 +5831,13 @@ class App:
             await call.connection.send(202, call.told())
         return answer
 
-    async def _sessions(self, call: Call) -> dict:
-        found = await self.sessions.list(call.receipt.caller)
-        return {"object": "list", "data": list(map(session_object, found))}
-
     async def _session(self, call: Call) -> dict:
-        """GET or DELETE of a session; its process ends, and what is written down of it goes."""
+        """GET of a session or of all; or DELETE: its process ends, and what is written down of it
+        goes."""
         caller, name = call.receipt.caller, call.route[2]
+        if not name:
+            listed = await self.sessions.list(caller)
+            return {"object": "list", "data": list(map(session_object, listed))}
         found = await self.sessions.find(caller, name)
         if found is None:
             raise ApiError("not_found", f"no session {name[:128]!r} of yours", "session_id")
