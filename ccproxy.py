@@ -5513,7 +5513,7 @@ class App:
         if work not in PUBLIC:
             self._identify(call, work in KEYED or call.backend == "agent" and work in (
                 "answer", "count"))
-        if method == "HEAD" and served == "POST":       # a probe
+        if method == "HEAD" and (served == "POST" or work == "permission_news"):    # a probe
             await call.send(200, {})
             return ""
         return work
@@ -5805,11 +5805,9 @@ class App:
             raise ApiError("not_found", f"no question {call.route[2][:100]!r} about a permission")
         return question
 
-    async def _permission_news(self, call: Call) -> dict | None:
+    async def _permission_news(self, call: Call) -> None:
         """Questions as events, as they come and are answered; first those that are pending."""
         connection, beat_s = call.connection, min(15.0, self.settings.heartbeat)
-        if call.request.method == "HEAD":
-            return {}
         with self.permissions.listening() as news:
             connection.heartbeat, frame = lambda: connection.write(b":\n\n"), b": listening\n\n"
             while frame and not connection.writer.is_closing():
@@ -5821,7 +5819,6 @@ class App:
                 except asyncio.TimeoutError:
                     frame = b":\n\n"
         call.end()
-        return None
 
     async def _permission_check(self, call: Call) -> dict | None:
         """The same question as a tool of an MCP server over HTTP, for a CLI that runs elsewhere."""
