@@ -3643,22 +3643,21 @@ class Rendering:
     def _own(self) -> list[dict]:
         """The block that ends here: as it is, or as a text of its own, if it is to be seen.  A call
         has its input at its start, too: not all clients put it together from its pieces."""
-        block, self._apart = self._block, True
-        whole = "".join(self._pieces)
+        block, whole, self._apart = self._block, "".join(self._pieces), True
         if block["type"] == OWN_CALL:
             said = parse_input(whole) or block["input"]
             block = {**block, "input": said if isinstance(said, dict) else {"input": said}}
-        native = self._native and block.get("tool_use_id", "") in ("", *self._names)
-        text = "" if native else WORDS[self._how](
-            block, self._names.get(block.get("tool_use_id", ""), ""))
+        call = block.get("tool_use_id", "")     # "" if it is the call itself
+        native = self._native and call in ("", *self._names)
+        text = "" if native else WORDS[self._how](block, self._names.get(call, ""))
         if not native and not text:
             return []
         self._sent += 1
-        at, delta = {"index": self._sent - 1}, {"type": "text_delta", "text": text}
-        if native:
-            delta = {"type": "input_json_delta", "partial_json": whole}
-        told = [{"type": "content_block_start", **at, "content_block": block if native else {
-                    "type": "text", "text": ""}}, *(self._gap() if text else []),
+        at, delta = {"index": self._sent - 1}, {"type": "input_json_delta", "partial_json": whole}
+        if text:
+            block, delta = {"type": "text", "text": ""}, {"type": "text_delta", "text": text}
+        told = [{"type": "content_block_start", **at, "content_block": block},
+                *(self._gap() if text else []),
                 *[{"type": "content_block_delta", **at, "delta": delta}] * bool(text or whole),
                 {"type": "content_block_stop", **at}]
         self._apart = True
