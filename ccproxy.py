@@ -5486,10 +5486,9 @@ class App:
         prefix, known, _ = call.route = route_path(call.request.path)
         call.backend = prefix or self.settings.backend
         served, work, dialect = ROUTES.get(known, ("", "", ""))
-        translated = dialect in ("chat", "responses")
         foreign = (not work or work in KEYED) and call.request.path.startswith("/v1/")
-        if prefix == "api" and not translated or call.backend == "api" and (
-                dialect == "messages" or foreign):
+        if call.backend == "api" and (dialect == "messages" or foreign or (
+                prefix and dialect not in ("chat", "responses"))):
             served, work = RELAY_METHODS, "relay"
         methods = f"{served}, OPTIONS" if served == "DELETE" else f"{served}, HEAD, OPTIONS"
         call.dialect = DIALECTS.get(dialect)
@@ -5507,9 +5506,9 @@ class App:
         if method not in methods.split(", "):
             call.headers["Allow"] = methods
             raise ApiError("method_not_allowed", f"{method} is not served here; use {methods}")
-        if work not in PUBLIC and origin is None and headers.get("sec-fetch-site") == "cross-site":
-            raise ApiError("forbidden", "another site's page may not call")    # an image, a link
         if work not in PUBLIC:
+            if origin is None and headers.get("sec-fetch-site") == "cross-site":    # image, link
+                raise ApiError("forbidden", "another site's page may not call")
             self._identify(call, work in KEYED or call.backend == "agent" and work in (
                 "answer", "count"))
         if method == "HEAD" and (served == "POST" or work == "permission_news"):    # a probe
