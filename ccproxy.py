@@ -3648,7 +3648,7 @@ class Rendering:
             said = parse_input(whole) or block["input"]
             block = {**block, "input": said if isinstance(said, dict) else {"input": said}}
         call = block.get("tool_use_id", "")     # "" if it is the call itself
-        native = self._native and call in ("", *self._names)
+        native = self._native and (not call or call in self._names)
         text = "" if native else WORDS[self._how](block, self._names.get(call, ""))
         if not native and not text:
             return []
@@ -5179,8 +5179,9 @@ ROUTES: dict[str, tuple[str, str, str]] = {     # path without /v1 -> methods, w
     "/mcp/permission/check": ("POST", "permission_check", ""),
     "/sessions": ("GET", "session", ""), "/sessions/": ("GET, DELETE", "session", ""),
 }
-PUBLIC = ("about", "health", "ready")       # work that needs no key
-KEYED = ("permission", "permission_news", "permission_check", "session")    # always, as agents do
+# Work that needs no key, and work that always needs one, as agents do.
+PUBLIC = ("about", "health", "ready")
+KEYED = ("permission", "permission_news", "permission_check", "session")
 PREFIXES = {"chat": "chat", "sdk": "agent", "api": "api"}   # of a path:  /sdk/v1/messages
 AGENT_HEADERS = ("X-CC-Workspace", "X-CC-Verbosity", "X-CC-Session", "X-CC-Session-Busy")
 SESSION_NAME = r"\w[\w.:@-]{0,127}"
