@@ -3927,10 +3927,11 @@ class Sessions:
         """Remove what proxies that were killed have left behind."""
         with contextlib.suppress(OSError):
             for entry in os.scandir(self._place):
-                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > 2 * 86400
-                if old and self.own(entry.path) and entry.name not in used and (
-                        entry.is_dir(follow_symlinks=False)):
-                    remove(entry.path)
+                with contextlib.suppress(FileNotFoundError):    # another proxy was faster
+                    old = time.time() - entry.stat(follow_symlinks=False).st_mtime > 2 * 86400
+                    if old and self.own(entry.path) and entry.name not in used and (
+                            entry.is_dir(follow_symlinks=False)):
+                        remove(entry.path)
 
     def own(self, path: str) -> bool:
         """Whether a directory was made for a session."""

@@ -8113,8 +8113,7 @@ def test_sessions_are_their_callers_and_go_when_they_are_old(tmp_path):
 
     async def work():
         sessions = ccproxy.Sessions(store, 30, str(tmp_path / "sessions"))
-        own, other, foreign = (tmp_path / "sessions" / name for name in (
-            "agent-x", "agent-y", "agent-z"))
+        own, other = (tmp_path / "sessions" / name for name in ("agent-x", "agent-y"))
         foreign = tmp_path / "agent-smith"      # the operator's own
         for path in (own, other, foreign):
             path.mkdir(parents=True)
@@ -8147,6 +8146,24 @@ def test_sessions_are_their_callers_and_go_when_they_are_old(tmp_path):
         assert [name for name, path in left.items() if not path.exists()] == ["agent-old"]
         await store.close()
     asyncio.run(work())
+
+
+def test_unused_directories_go_also_where_another_proxy_removes_them_meanwhile(
+        tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def raced(place):
+        if place != str(tmp_path):
+            return scandir(place)
+        entries = sorted(scandir(place), key=lambda entry: entry.name)
+        os.rmdir(entries[0].path)
+        return entries
+    for name in ("agent-a", "agent-b"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1e9, 1e9))
+    monkeypatch.setattr(os, "scandir", raced)
+    ccproxy.Sessions(None, 30, str(tmp_path))._remove_unused(set())
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_the_cli_wrote_of_a_session_goes_with_it(tmp_path, monkeypatch):
