@@ -2600,6 +2600,10 @@ READ_SIZE = 256 * 1024          # bytes a read of stdout may bring
 LINE_LIMIT = 64 * 2**20         # bytes; images come back twice on one line
 INBOX_LIMIT = 512               # lines a slow reader may lie behind before the pump waits for it
 SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+FIXED_ANSWERS: dict[str, dict] = {      # subtype of a control request of the CLI's -> our answer
+    "can_use_tool": {"behavior": "deny",            # where nobody can be asked
+                     "message": "Only the client's own tools are available."},
+    "hook_callback": {"continue": False}}           # the model's answer is valid: enough
 
 
 def family(pid: int, mark: str) -> set[int]:
@@ -2752,44 +2756,44 @@ class Claude:
         self._wake_up()
 
     def _control_request(self, request_id: str, request: dict) -> None:
-        message, verdict = request.get("message") or {}, {"subtype": "error", "error": "unknown"}
+        subtype, message = request["subtype"], request.get("message") or {}
         if message.get("method") == "tools/call":
-            call = message["params"]["_meta"]["claudecode/toolUseId"]
-            self._calls[call] = (request_id, message)
-            if self.launch.agent and call not in self._shown:       # no client hears of it
-                self._results[call] = {"is_error": True, "content": [
-                    {"type": "text", "text": "Only the main agent can call this tool."}]}
-            self._answer_calls()
-            if call in self._calls and self._inbox is not None:
-                self._inbox.append({"type": "tools_call", "id": call})
-                self._wake_up()
-            return
-        if request["subtype"] == "mcp_message":
-            answer = mcp_answer(message, self._tools, whole=self.launch.agent)
-            verdict = {"subtype": "success", "response": answer}
-        elif request["subtype"] == "can_use_tool" and self._permit:
+            self._tool_call(request_id, message)
+        elif subtype == "mcp_message":
+            self._respond(request_id, mcp_answer(message, self._tools, whole=self.launch.agent))
+        elif subtype == "can_use_tool" and self._permit:
             asking = asyncio.get_running_loop().create_task(self._ask_permit(request_id, request))
             self._permits[request_id] = asking
-            return
-        elif request["subtype"] == "can_use_tool":
-            denial = {"behavior": "deny", "message": "Only the client's own tools are available."}
-            verdict = {"subtype": "success", "response": denial}
-        elif request["subtype"] == "hook_callback":
-            verdict = {"subtype": "success", "response": {"continue": False}}
+        else:
+            self._respond(request_id, FIXED_ANSWERS.get(subtype))
+
+    def _respond(self, request_id: str, answer: dict | None) -> None:
+        """Answer a control request; with None it is told that its kind is not known."""
+        verdict = {"subtype": "success", "response": answer} if answer else {
+            "subtype": "error", "error": "unknown"}
         self.send({"type": "control_response", "response": {**verdict, "request_id": request_id}})
 
     async def _ask_permit(self, request_id: str, request: dict) -> None:
         verdict = await self._permit(self, request)
         self._permits.pop(request_id, None)
-        self.send({"type": "control_response", "response": {
-            "subtype": "success", "request_id": request_id, "response": verdict}})
+        self._respond(request_id, verdict)
+
+    def _tool_call(self, request_id: str, message: dict) -> None:
+        """The CLI asks for the result of a client's tool: now or when the client brings it."""
+        call = message["params"]["_meta"]["claudecode/toolUseId"]
+        self._calls[call] = (request_id, message)
+        if self.launch.agent and call not in self._shown:       # no client hears of it
+            self._results[call] = {"is_error": True, "content": [
+                {"type": "text", "text": "Only the main agent can call this tool."}]}
+        self._answer_calls()
+        if call in self._calls and self._inbox is not None:
+            self._inbox.append({"type": "tools_call", "id": call})
+            self._wake_up()
 
     def _answer_calls(self) -> None:
         for call in [c for c in self._calls if c in self._results]:
             request_id, message = self._calls.pop(call)
-            answer = mcp_answer(message, [], self._results.pop(call))
-            self.send({"type": "control_response", "response": {
-                "subtype": "success", "request_id": request_id, "response": answer}})
+            self._respond(request_id, mcp_answer(message, [], self._results.pop(call)))
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():
