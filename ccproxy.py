@@ -2073,8 +2073,8 @@ class Reply:
             return [event] if self._starts == 1 else None
         if kind == "message_delta":             # without a reason the CLI broke off
             self._closing = event if reason else {}
-            spent = reason not in (None, "end_turn", "stop_sequence", "tool_use")
-            return self._finish(event) if spent else None   # at once: the CLI would ask for more
+            spent = reason and reason not in ("end_turn", "stop_sequence", "tool_use")
+            return self._finish() if spent else None    # at once: the CLI would ask for more
         if kind != "message_stop":
             return [event]
         if self._valid and self._closing:
@@ -2084,7 +2084,7 @@ class Reply:
             return None
         self.reusable = self._visible and (
             self._closing["delta"]["stop_reason"] != "tool_use" or self._called)
-        return [*map(self._placed, self._texts), *self._finish(self._closing)]
+        return [*map(self._placed, self._texts), *self._finish()]
 
     def _placed(self, event: dict) -> dict:
         """An event of a block with our index of it."""
@@ -2130,15 +2130,15 @@ class Reply:
         self._called = True
         return {**block, "name": self._names.get(block["name"], block["name"])}
 
-    def _finish(self, closing: dict) -> list[dict]:
+    def _finish(self, reason: str = "") -> list[dict]:
+        """The end of the message, for this reason instead of the API's own."""
         self.done = True
         held = [] if self.turn.stream else self._held
-        return [*held, closing, {"type": "message_stop"}]
+        ours = {"delta": {"stop_reason": reason, "stop_sequence": None}} if reason else {}
+        return [*held, {**self._closing, **ours}, {"type": "message_stop"}]
 
     def _finish_answer(self) -> list[dict]:
-        reason = "tool_use" if self._called else "end_turn"
-        return self._finish({**self._closing, "delta": {"stop_reason": reason,
-                                                        "stop_sequence": None}})
+        return self._finish("tool_use" if self._called else "end_turn")
 
     def _verdict(self, content: list[dict]) -> list[dict] | None:
         """The CLI's word on the answer tool's call: valid, or what is wrong with it."""
@@ -2281,20 +2281,18 @@ class AgentReply(Reply):
         if not (self._due and self._whole and self._called and self._closing):
             return None
         self.reusable = True
-        texts = [self._placed(event) for event in self._texts]
-        return [*texts, *self._finish(self._closing)]
+        return [*map(self._placed, self._texts), *self._finish()]
 
     def _end(self, line: dict) -> list[dict] | None:
         """The end of the turn: why, and whether the process stands clean behind it."""
         limit = line.get("subtype") in ("error_max_turns", "error_max_budget_usd")
         if limit and self._closing:
-            return self._finish({**self._closing, "delta": {"stop_reason": PAUSED,
-                                                            "stop_sequence": None}})
+            return self._finish(PAUSED)
         if line.get("is_error") or self._problem or self._strict or not self._closing:
             self.failed = self._failure(line)
             return None
         self.reusable = self._visible
-        return self._finish(self._closing)
+        return self._finish()
 
 
 # == 7. Store ======================================================================================
