@@ -1696,13 +1696,15 @@ PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the ca
 IDENTITY = re.compile("You are (Claude Code|a Claude agent).*")     # alone it replaces the CLI's
 OUTER_ENV = re.compile(r"CLAUDECODE$|CLAUDE_AGENT_|CCPROXY_|CLAUDE_CODE_(?!OAUTH_TOKEN$|USE_\w+$|"
                        r"SKIP_\w+_AUTH$|CLIENT_\w+$)")  # of an outer session, or ours
-CLI_SWITCHES = (
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK",
-    "CLAUDE_CODE_DISABLE_FILE_MENTIONS", "DISABLE_AUTOUPDATER")
-CHAT_SWITCHES = (*CLI_SWITCHES, "CLAUDE_AGENT_SDK_MCP_NO_PREFIX", "DISABLE_COMPACT",
-                 "CLAUDE_CODE_DISABLE_ATTACHMENTS")
-AGENT_SWITCHES = (*CLI_SWITCHES, "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS",   # a turn has an end
-                  "CLAUDE_CODE_DISABLE_CRON")
+CLI_ENV = {
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1", "CLAUDE_CODE_DISABLE_FILE_MENTIONS": "1",
+    "ENABLE_TOOL_SEARCH": "false", "MAX_MCP_OUTPUT_TOKENS": str(10**8)}
+CHAT_ENV = {**CLI_ENV, "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1", "DISABLE_COMPACT": "1",
+            "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": str(10**8),      # tokens; the API knows its own
+            "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1"}
+AGENT_ENV = {**CLI_ENV, "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",    # a turn has an end
+             "CLAUDE_CODE_DISABLE_CRON": "1"}
 NO_MENTIONS = (2, 1, 197)   # older ones read "@file" unless all attachments are switched off
 MARK = "CCPROXY_CHILD"      # variable by which a CLI's tools and their children are found
 PREFIX = f"mcp__{SERVER}__"             # of the client's tools in agent mode
@@ -1746,22 +1748,18 @@ def agent_options(launch: Launch, settings: Settings) -> list[str]:
 
 
 def claude_env(environ: Mapping[str, str], retries: int, patience_s: float,
-               switches: Iterable[str] = CHAT_SWITCHES) -> dict[str, str]:
+               more: Mapping[str, str] = CHAT_ENV) -> dict[str, str]:
     """The inherited environment without an outer session's, plus what makes the CLI an API."""
     kept = {name: value for name, value in environ.items() if not OUTER_ENV.match(name)}
     patience = str(int(patience_s * 1000))
-    endless = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": str(10**8)}   # tokens; the API knows its own
-    return {**kept, **dict.fromkeys(switches, "1"), "ENABLE_TOOL_SEARCH": "false",
-            **(endless if "DISABLE_COMPACT" in switches else {}),
-            "MAX_MCP_OUTPUT_TOKENS": str(10**8),
-            "CLAUDE_CODE_MAX_RETRIES": str(retries), "MCP_TOOL_TIMEOUT": patience,
+    return {**kept, **more, "CLAUDE_CODE_MAX_RETRIES": str(retries), "MCP_TOOL_TIMEOUT": patience,
             "CLAUDE_CODE_MCP_TOOL_IDLE_TIMEOUT": patience}
 
 
-def agent_switches(version: tuple[int, ...], sandboxed: bool) -> list[str]:
-    """The variables that are 1 for an agent of this version of the CLI."""
-    return [*AGENT_SWITCHES, *["IS_SANDBOX"] * sandboxed,
-            *["CLAUDE_CODE_DISABLE_ATTACHMENTS"] * (() < version < NO_MENTIONS)]
+def agent_env(version: tuple[int, ...], sandboxed: bool) -> dict[str, str]:
+    """The variables for an agent of this version of the CLI."""
+    return {**AGENT_ENV, **({"IS_SANDBOX": "1"} if sandboxed else {}),
+            **({"CLAUDE_CODE_DISABLE_ATTACHMENTS": "1"} if () < version < NO_MENTIONS else {})}
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -3414,16 +3412,16 @@ class Conversations:
         patience_s = 2 * settings.park_ttl + settings.request_timeout
         try:
             command, mark = await self.command(), f"{self._mark}.{secrets.token_hex(4)}"
-            switches, cwd, options, more = CHAT_SWITCHES, self._cwd, (), ()
+            variables, cwd, options, more = CHAT_ENV, self._cwd, (), ()
             if launch.agent:
                 if launch.cwd and not os.path.isdir(launch.cwd):
                     raise ApiError("unavailable", "the agent's directory is gone"
                                    + f" (workspace {launch.workspace})" * bool(launch.workspace))
                 home = "" if launch.cwd else self._make_home(launch)
                 cwd, options = launch.cwd or home, agent_options(launch, settings)
-                switches = agent_switches(parse_version(self.version), settings.i_am_sandboxed)
+                variables = agent_env(parse_version(self.version), settings.i_am_sandboxed)
                 more = launch, self._permit, f"{MARK}={mark}"
-            env = {**claude_env(os.environ, settings.retries, patience_s, switches), MARK: mark}
+            env = {**claude_env(os.environ, settings.retries, patience_s, variables), MARK: mark}
             argv = claude_argv(command, model, options)
             claude = await Claude.spawn(argv, env, cwd, self._ended, *more)
             claude.model, claude.home = model, home

@@ -7246,8 +7246,8 @@ def test_root_bypasses_permissions_only_in_a_sandbox(monkeypatch, values):
     assert ccproxy.Settings(i_am_sandboxed=True, **values)
     monkeypatch.setattr(os, "geteuid", lambda: 1000, raising=False)
     assert ccproxy.Settings(**values)
-    assert "IS_SANDBOX" in ccproxy.agent_switches((2, 1, 330), True)
-    assert "IS_SANDBOX" not in ccproxy.agent_switches((2, 1, 330), False)
+    assert "IS_SANDBOX" in ccproxy.agent_env((2, 1, 330), True)
+    assert "IS_SANDBOX" not in ccproxy.agent_env((2, 1, 330), False)
 
 
 def test_an_agents_command_line_says_what_the_operator_has_said(tmp_path):
@@ -7274,7 +7274,7 @@ def test_an_agents_command_line_says_what_the_operator_has_said(tmp_path):
 
 
 def test_an_agents_environment_keeps_compaction_and_old_ones_read_no_mentions():
-    new, old = ({**ccproxy.claude_env({}, 2, 9, ccproxy.agent_switches(version, False))}
+    new, old = (ccproxy.claude_env({}, 2, 9, ccproxy.agent_env(version, False))
                 for version in ((2, 1, 330), (2, 1, 110)))
     assert "DISABLE_COMPACT" not in new and "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE" not in new
     assert "CLAUDE_AGENT_SDK_MCP_NO_PREFIX" not in new
