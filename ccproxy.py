@@ -1777,9 +1777,9 @@ def wire_name(name: str, prefix: str = "") -> str:
     return f"{prefix}{re.sub('[^A-Za-z0-9_-]', '_', name)[:100].strip('_')}_{digest}"
 
 
-def call_prefix(turn: Turn) -> str:
+def call_prefix(launch: Launch) -> str:
     """What the CLI puts before the names of the client's tools."""
-    return PREFIX if turn.launch.agent else ""
+    return PREFIX if launch.agent else ""
 
 
 def gist(value: Any, most: int = 120) -> str:
@@ -1821,9 +1821,8 @@ def wire_blocks(blocks: list[dict], prefix: str = "") -> list[dict]:
 
 def wire_tools(turn: Turn) -> list[dict]:
     """The client's tools with names that hold behind the prefix that they may get."""
-    cut = len(call_prefix(turn))
-    return [{**tool, "name": wire_name(tool["name"], call_prefix(turn))[cut:]}
-            for tool in turn.tools]
+    prefix = call_prefix(turn.launch)
+    return [{**tool, "name": wire_name(tool["name"], prefix)[len(prefix):]} for tool in turn.tools]
 
 
 def wire_schema(schema: Any) -> Any:
@@ -1867,7 +1866,8 @@ def settings_request(turn: Turn, model: str | None) -> dict:
             "input_schema": wire_schema(turn.schema)}] * (turn.schema is not None)
     choice = body.get("tool_choice", {})
     if "name" in choice:
-        body["tool_choice"] = {**choice, "name": wire_name(choice["name"], call_prefix(turn))}
+        name = wire_name(choice["name"], call_prefix(turn.launch))
+        body["tool_choice"] = {**choice, "name": name}
     return {"subtype": "apply_flag_settings", "settings": {
         "effortLevel": turn.fields.get("effort"), **({"model": model} if model else {}),
         **({"permissions": {"allow": [PREFIX + "*"]}} if turn.tools else {}),
@@ -1993,7 +1993,7 @@ class Reply:
                  who: str = "claude") -> None:
         self.turn, self._who, self._clock = turn, who, clock
         self._strict = turn.schema is not None
-        self._names = {wire_name(tool["name"], call_prefix(turn)): tool["name"]
+        self._names = {wire_name(tool["name"], call_prefix(turn.launch)): tool["name"]
                        for tool in turn.tools}
         self._index: dict[int, int] = {}    # the CLI's index of a block -> ours
         self._held: list[dict] = []         # the answer's events, until the CLI validated them
@@ -2835,8 +2835,8 @@ class Claude:
         for message in messages:
             name = str(uuid.uuid4())
             if message["role"] == "assistant":
-                prefix = PREFIX if self.launch.agent else ""
-                self.send(assistant_line(message, name, self.init.get("model") or model, prefix))
+                self.send(assistant_line(message, name, self.init.get("model") or model,
+                                         call_prefix(self.launch)))
                 continue
             self._due += 1
             self.send(user_line(message, name, False))
