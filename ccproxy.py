@@ -2908,8 +2908,7 @@ class Claude:
         agent has started."""
         for asking in self._permits.values():
             asking.cancel()
-        look = functools.partial(asyncio.get_running_loop().run_in_executor, None, family,
-                                 self.process.pid, self._mark)
+        look = functools.partial(asyncio.to_thread, family, self.process.pid, self._mark)
         kin = await look() if self.launch.agent else set()      # while they have their parent
         if self._inbox is not None:
             self.send(self.control({"subtype": "interrupt"}))
@@ -3468,11 +3467,10 @@ class Conversations:
     async def _end(self, claude: Claude) -> None:
         await claude.close()
         self._watch(f"-{claude.process.pid}")
-        run = functools.partial(asyncio.get_running_loop().run_in_executor, None)
         if claude.home:
-            await run(remove, claude.home)
+            await asyncio.to_thread(remove, claude.home)
         if claude.launch.kept and not claude.stored:
-            await run(remove_transcripts, claude.init.get("session_id", ""))
+            await asyncio.to_thread(remove_transcripts, claude.init.get("session_id", ""))
         self._places.release()
         self._changed.set()
 
