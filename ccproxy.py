@@ -2642,7 +2642,7 @@ class Claude:
         self.allowed: set[str] = set()          # calls that may always run: [tool, input] in JSON
         self.owed: dict[str, dict] = {}         # own calls behind a client's, see AgentReply
         self._permits: dict[str, asyncio.Task] = {}     # request id -> the question about a tool
-        self.born = self.last_used = loop.time()
+        self.last_used = loop.time()
         self.model = ""                         # that it was started with
         self.profile: bytes | None = None       # digest of what it was initialised for
         self.told: dict[str, dict] = {}         # subtype of a control request -> the last answer
@@ -3382,12 +3382,12 @@ class Conversations:
         await self.command()
         for spare in [s for s in self.spares if s.home and not os.path.isdir(s.home)]:
             self._close(spare)
-        ready = sorted((s for s in self.spares if s.alive and self._suits(s, profile, model, launch)
-                        ), key=lambda s: (s.profile is None, s.model != model, s.born))
-        if ready:
-            self.spares.remove(ready[0])
+        ready = [s for s in self.spares if s.alive and self._suits(s, profile, model, launch)]
+        if ready:                           # of equal ones the first, which waits longest
+            spare = min(ready, key=lambda s: (s.profile is None, s.model != model))
+            self.spares.remove(spare)
             self._changed.set()
-            return ready[0]
+            return spare
         self._waiting += 1                  # from now on nobody keeps an idle process
         try:
             self._evict()
