@@ -2180,7 +2180,7 @@ class AgentReply(Reply):
         super().__init__(turn)
         self._used: dict[str, Any] = {}     # usage of the messages so far
         self._using: dict[str, Any] = {}    # and of this one
-        self._given: list[dict] = []        # results that wait for the first message
+        self._given: list[dict] = []        # blocks that wait for the first message
         self.owed: dict[str, dict] = {}     # calls that run behind a client's: told with their
         self._owing: list[dict] | None = None       # results.  Events of such a call
         self._told = {b.get("tool_use_id") for b in turn.messages[-1]["content"]}   # results
@@ -2204,6 +2204,8 @@ class AgentReply(Reply):
         """What came of the agent's own calls."""
         for block in content:
             if block.get("type") == "tool_result" and block["tool_use_id"] not in self._told:
+                owed = self.owed.pop(block["tool_use_id"], None)
+                self._given += [owed] if owed else []
                 parts = block.get("content") or []
                 parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else [
                     part if part.get("type") == "text" else
@@ -2215,8 +2217,7 @@ class AgentReply(Reply):
 
     def _give(self) -> list[dict]:
         events = []
-        owed = [self.owed.pop(block["tool_use_id"], None) for block in self._given]
-        for block in [b for pair in zip(owed, self._given) for b in pair if b]:
+        for block in self._given:
             at = {"index": self._blocks}
             said = [{"type": "content_block_delta", **at, "delta": {
                 "type": "input_json_delta", "partial_json": json.dumps(block["input"])}}
