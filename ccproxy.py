@@ -2819,12 +2819,13 @@ class Claude:
         self.profile, self._tools = profile, wire_tools(turn)
         return [self.control(initialize_request(turn))]
 
-    def configure(self, turn: Turn, model: str | None) -> list[dict]:
-        """The line that sets this turn's parameters; none if they stand already."""
-        sticky = self._settings.get("settings", {}).get("model")    # of an earlier turn
-        request, before = settings_request(turn, model or sticky and self.model), self._settings
-        self._settings = request
-        return [] if request == before else [self.control(request)]
+    def opening(self, turn: Turn, profile: bytes, model: str) -> list[dict]:
+        """The lines before a turn, with its parameters if they do not stand already; the model only
+        if the process was started with another, or an earlier turn has set one."""
+        lines, before = self.initialize(turn, profile), self._settings
+        told = model != self.model or "model" in before.get("settings", {})
+        self._settings = settings_request(turn, model if told else None)
+        return lines if self._settings == before else [*lines, self.control(self._settings)]
 
     async def remember(self, lines: list[dict], messages: tuple[dict, ...], model: str,
                        wait_s: float) -> None:
@@ -3288,7 +3289,7 @@ class Conversations:
                 self._want(replace(turn, model=model, messages=(), fields={}, launch=launch))
             claude = await self._fresh(profile, model, launch)
         try:
-            lines = self._opening(claude, turn, profile, model)
+            lines = claude.opening(turn, profile, model)
             if receipt.conversation == "rebuilt":
                 await claude.remember(lines, turn.messages[:-1], self._full_id(model), stall_s)
                 lines = []
@@ -3309,11 +3310,6 @@ class Conversations:
         most = max(1, self.settings.max_processes // max(1, 2 * self.settings.warm))
         for launch in list(self._wanted)[:-min(most, LAUNCHES)]:
             del self._wanted[launch]
-
-    def _opening(self, claude: Claude, turn: Turn, profile: bytes, model: str) -> list[dict]:
-        """What to say before the turn; the model only if the process was started with another."""
-        other = None if model == claude.model else model
-        return claude.initialize(turn, profile) + claude.configure(turn, other)
 
     def _suits(self, claude: Claude, profile: bytes, model: str, launch: Launch) -> bool:
         """Whether a spare can become a conversation of this profile with this model."""
@@ -3367,7 +3363,7 @@ class Conversations:
         model = self.resolve(turn.model)
         claude = await self._fresh(profile, model, turn.launch)
         try:
-            lines = self._opening(claude, turn, profile, model)
+            lines = claude.opening(turn, profile, model)
             await claude.remember(lines, turn.messages, model, stall_s)
             usage = await claude.ask("get_context_usage", stall_s)
             notes = (usage.get("messageBreakdown") or {}).get("attachmentTokens") or 0
