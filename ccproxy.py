@@ -2802,38 +2802,36 @@ class Claude:
 
     # -- what it is told
 
-    def send(self, *lines: dict) -> None:
+    def send(self, line: dict) -> None:
         if self.failure is None and not self.process.stdin.is_closing():
-            self.process.stdin.write(b"".join(encode_json(line) + b"\n" for line in lines))
+            self.process.stdin.write(encode_json(line) + b"\n")
 
-    def control(self, request: dict) -> dict:
-        """The line of a control request, whose answer `told` will hold."""
+    def control(self, request: dict) -> None:
+        """Send a control request, whose answer `told` will hold."""
         name = secrets.token_hex(6)
         self._asked[name] = request["subtype"]
-        return {"type": "control_request", "request_id": name, "request": request}
+        self.send({"type": "control_request", "request_id": name, "request": request})
 
-    def initialize(self, turn: Turn, profile: bytes) -> list[dict]:
-        """The lines that make a blank process one for this prompt, these tools and this schema."""
-        if self.profile is not None:
-            return []
-        self.profile, self._tools = profile, wire_tools(turn)
-        return [self.control(initialize_request(turn))]
+    def initialize(self, turn: Turn, profile: bytes) -> None:
+        """Make a blank process one for this prompt, these tools and this schema."""
+        if self.profile is None:
+            self.profile, self._tools = profile, wire_tools(turn)
+            self.control(initialize_request(turn))
 
-    def opening(self, turn: Turn, profile: bytes, model: str) -> list[dict]:
-        """The lines before a turn, with its parameters if they do not stand already; the model only
-        if the process was started with another, or an earlier turn has set one."""
-        lines, before = self.initialize(turn, profile), self._settings
-        told = model != self.model or "model" in before.get("settings", {})
-        self._settings = settings_request(turn, model if told else None)
-        return lines if self._settings == before else [*lines, self.control(self._settings)]
+    def configure(self, turn: Turn, model: str) -> None:
+        """Set a turn's parameters, if they do not stand already; the model only if the process was
+        started with another, or an earlier turn has set one."""
+        told = model != self.model or "model" in self._settings.get("settings", {})
+        request, before = settings_request(turn, model if told else None), self._settings
+        if request != before:
+            self._settings = request
+            self.control(request)
 
-    async def remember(self, lines: list[dict], messages: tuple[dict, ...], model: str,
-                       wait_s: float) -> None:
-        """Send lines, then put messages into its history without starting a turn.
+    async def remember(self, messages: tuple[dict, ...], model: str, wait_s: float) -> None:
+        """Put messages into its history without starting a turn.
 
         An empty message leaves nothing there, but makes the first turn faster.
         """
-        self.send(*lines)
         for message in messages:
             name = str(uuid.uuid4())
             if message["role"] == "assistant":
@@ -2844,16 +2842,15 @@ class Claude:
             self.send(user_line(message, name, False))
             await self.settle(wait_s)       # before its result the order would be lost
 
-    def begin(self, lines: list[dict], message: dict) -> None:
+    def begin(self, message: dict) -> None:
         """Start a turn with the user's message, or go on with a parked one by its tool results."""
         self._inbox, self._shown = deque(), set(self.awaited)
         if self.awaited:
             self._results.update({block["tool_use_id"]: block for block in message["content"]})
-            self.send(*lines)
             self._answer_calls()
         else:
             self._due += 1
-            self.send(*lines, user_line(message, str(uuid.uuid4())))
+            self.send(user_line(message, str(uuid.uuid4())))
         self.awaited = set()
 
     def rest(self, awaited: set[str]) -> None:
@@ -2890,7 +2887,7 @@ class Claude:
     async def ask(self, subtype: str, wait_s: float) -> dict:
         """The answer to a control request without arguments."""
         self.told.pop(subtype, None)
-        self.send(self.control({"subtype": subtype}))
+        self.control({"subtype": subtype})
         await self._until(lambda: subtype in self.told, wait_s)
         return self.told[subtype]
 
@@ -2913,7 +2910,7 @@ class Claude:
         look = functools.partial(asyncio.to_thread, family, self.process.pid, self._mark)
         kin = await look() if self.launch.agent else set()      # while they have their parent
         if self._inbox is not None:
-            self.send(self.control({"subtype": "interrupt"}))
+            self.control({"subtype": "interrupt"})
         with contextlib.suppress(OSError, RuntimeError):
             self.process.stdin.close()
         for number, wait_s in ((0, 0.3), (signal.SIGTERM, 0.5), (SIGKILL, 0.7)):
@@ -3262,7 +3259,7 @@ class Conversations:
             events.pop()
         if reply.done and not reply.reusable:   # at once: the CLI would ask the model to go on
             if claude.launch.agent:             # its tools end in its own way
-                claude.send(claude.control({"subtype": "interrupt"}))
+                claude.control({"subtype": "interrupt"})
             else:
                 claude.signal(SIGKILL)
         return events
@@ -3289,13 +3286,13 @@ class Conversations:
                 self._want(replace(turn, model=model, messages=(), fields={}, launch=launch))
             claude = await self._fresh(profile, model, launch)
         try:
-            lines = claude.opening(turn, profile, model)
-            if receipt.conversation == "rebuilt":
-                await claude.remember(lines, turn.messages[:-1], self._full_id(model), stall_s)
-                lines = []
-            elif receipt.conversation == "continued" and not claude.awaited:
+            if receipt.conversation == "continued" and not claude.awaited:
                 await claude.settle(stall_s)
-            claude.begin(lines, last)
+            claude.initialize(turn, profile)
+            claude.configure(turn, model)
+            if receipt.conversation == "rebuilt":
+                await claude.remember(turn.messages[:-1], self._full_id(model), stall_s)
+            claude.begin(last)
             return claude
         except BaseException:
             self._close(claude)
@@ -3363,8 +3360,9 @@ class Conversations:
         model = self.resolve(turn.model)
         claude = await self._fresh(profile, model, turn.launch)
         try:
-            lines = claude.opening(turn, profile, model)
-            await claude.remember(lines, turn.messages, model, stall_s)
+            claude.initialize(turn, profile)
+            claude.configure(turn, model)
+            await claude.remember(turn.messages, model, stall_s)
             usage = await claude.ask("get_context_usage", stall_s)
             notes = (usage.get("messageBreakdown") or {}).get("attachmentTokens") or 0
             return max(1, usage["totalTokens"] - notes)
@@ -3534,7 +3532,8 @@ class Conversations:
         """Make a spare for a turn's prompt, tools and schema, ahead of it; learn the models."""
         try:
             empty = ({"role": "user", "content": []},)
-            await claude.remember(claude.initialize(turn, profile_digest(turn)), empty, "", 30)
+            claude.initialize(turn, profile_digest(turn))
+            await claude.remember(empty, "", 30)
             hello = claude.told.get("initialize") or {}
             self.models, self.account = hello.get("models") or [], hello.get("account") or {}
             self._full_ids.update({m["value"]: m["resolvedModel"] for m in self.models
