@@ -3091,10 +3091,10 @@ def results_as_texts(message: dict) -> dict:
     return {**message, "content": blocks}
 
 
-def session_key(turn: Turn, caller: str) -> bytes:
-    """The key of a caller's session; b"" for a turn that belongs to none."""
-    said = json.dumps(["session", caller, turn.session]).encode("ascii")
-    return hashlib.sha256(said).digest() if turn.session else b""
+def session_key(name: str, caller: str) -> bytes:
+    """The key of a caller's session; b"" without a name."""
+    said = json.dumps(["session", caller, name]).encode("ascii")
+    return hashlib.sha256(said).digest() if name else b""
 
 
 class Conversations:
@@ -3267,7 +3267,7 @@ class Conversations:
     async def _claude_for(self, turn, model, chain, receipt) -> Claude:
         """A process that has been given the turn: a live one, or one that was brought there."""
         stall_s, last = self.settings.stall_timeout, turn.messages[-1]
-        profile, session = profile_digest(turn), session_key(turn, receipt.caller)
+        profile, session = profile_digest(turn), session_key(turn.session, receipt.caller)
         last = results_alone(last) if session else last
         claude = self._live(session or chain[-2], last, profile, turn.launch.permission_mode)
         resume = turn.launch.resume if turn.launch.resume not in self._lost else ""
@@ -3336,7 +3336,7 @@ class Conversations:
         """Keep the process for the conversation's next turn."""
         answer = {"role": "assistant", "content": message.content}
         said = canonical_message(answer, tool_defaults(turn))
-        key = session_key(turn, claude.receipt.caller) or hashlib.sha256(
+        key = session_key(turn.session, claude.receipt.caller) or hashlib.sha256(
             chain[-1] + said).digest()
         calls = {b["id"] for b in message.content if b["type"] == "tool_use"}
         claude.rest(calls if message.stop_reason == "tool_use" else set())
@@ -3349,7 +3349,7 @@ class Conversations:
 
     async def end_session(self, caller: str, name: str) -> None:
         """End the process of a session, if it has one."""
-        claude = self.idle.get(session_key(Turn("", session=name), caller))
+        claude = self.idle.get(session_key(name, caller))
         if claude is not None:
             self._close(claude)
             await asyncio.wait(set(self._closers), timeout=3)   # it writes the session down
