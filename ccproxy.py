@@ -2657,7 +2657,7 @@ class Claude:
         self._asked: dict[str, str] = {}        # open control requests: id -> subtype
         self._calls: dict[str, tuple[str, dict]] = {}   # tool_use id -> its open tools/call
         self._results: dict[str, dict] = {}             # tool_use id -> result not asked for yet
-        self._inbox: deque | None = None        # lines of the running turn
+        self._inbox: list | None = None         # lines of the running turn, not taken yet
         self._shown: set[str | None] = set()    # ids of calls that it has told
         self.stored = bool(launch.resume)       # somebody knows the session that it keeps
         self._wake: asyncio.Future | None = None        # done when something has come
@@ -2844,7 +2844,7 @@ class Claude:
 
     def begin(self, message: dict) -> None:
         """Start a turn with the user's message, or go on with a parked one by its tool results."""
-        self._inbox, self._shown = deque(), set(self.awaited)
+        self._inbox, self._shown = [], set(self.awaited)
         if self.awaited:
             self._results.update({block["tool_use_id"]: block for block in message["content"]})
             self._answer_calls()
@@ -2861,7 +2861,7 @@ class Claude:
     async def lines(self, stall_s: float) -> list[dict]:
         """The lines that have come since; waits for one.  ApiError when it dies or is silent."""
         await self._until(lambda: self._inbox, stall_s)
-        lines, self._inbox = list(self._inbox), deque()
+        lines, self._inbox = self._inbox, []
         return lines
 
     async def _until(self, done: Callable[[], Any], wait_s: float) -> None:
