@@ -1690,6 +1690,7 @@ ANSWER_HELP = ("Use this tool to return your final response in the requested str
 NO_TOOL_NAMES = {ANSWER, "__proto__", "constructor"}    # 2.1.110 trips over the last two
 TELLING = ("command", "file_path", "path", "notebook_path", "pattern", "query", "url", "skill",
            "description", "prompt")     # arguments of Claude Code's tools, the first tells most
+GIST = 120              # characters of them that are shown
 ANSWER_TRIES = 5        # messages until the model has answered to a schema; 2.1.110 has no end
 RESULT_LIMIT = 400_000  # characters; the CLI cuts a result over 500,000 that is no history
 PATIENCE_S = 30         # an API that asks to wait longer fails the turn: the caller may decide
@@ -1782,7 +1783,7 @@ def call_prefix(launch: Launch) -> str:
     return PREFIX if launch.agent else ""
 
 
-def gist(value: Any, most: int = 120) -> str:
+def gist(value: Any) -> str:
     """The beginning of a text or of a tool's most telling argument, on one line.
 
     {"command": "npm test", "timeout": 9} -> "npm test",  {"a": [1]} -> '{"a": [1]}'
@@ -1790,8 +1791,8 @@ def gist(value: Any, most: int = 120) -> str:
     if isinstance(value, dict):
         telling = [value[name] for name in TELLING if isinstance(value.get(name), str)]
         value = telling[0] if telling else json.dumps(value) if value else ""
-    line = " ".join(str(value)[:4 * most].split())
-    return line if len(line) <= most else line[:most - 3] + "..."
+    line = " ".join(str(value)[:4 * GIST].split())
+    return line if len(line) <= GIST else line[:GIST - 3] + "..."
 
 
 def result_text(block: dict) -> str:
@@ -3132,11 +3133,10 @@ class Conversations:
         self._cwd = tempfile.mkdtemp(prefix="ccproxy-")
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
         if POSIX:                           # elsewhere a busy process ends with its turn
-            nowhere = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
             with contextlib.suppress(OSError):
                 self._watchdog = subprocess.Popen(
                     ["sh", "-c", WATCHDOG, f"{MARK}={self._mark}"], stdin=subprocess.PIPE,
-                    start_new_session=True, **nowhere)
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
                 self._watchdog.wait()
 
     def _watch(self, word: str) -> None:
