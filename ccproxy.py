@@ -3129,7 +3129,8 @@ class Conversations:
 
     async def start(self) -> None:
         self._changed = asyncio.Event()             # 3.9 binds the loop here
-        self._check, self._places = asyncio.Lock(), asyncio.Semaphore(self.settings.max_processes)
+        self._check, self._asking = asyncio.Lock(), asyncio.Lock()
+        self._places = asyncio.Semaphore(self.settings.max_processes)
         self._cwd = tempfile.mkdtemp(prefix="ccproxy-")
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
         if POSIX:                           # elsewhere a busy process ends with its turn
@@ -3175,11 +3176,12 @@ class Conversations:
     async def known_models(self) -> list[dict]:
         """The models that the CLI reports; a process is asked if none has told them yet."""
         await self.command()
-        if not self.models:
-            launch = next(iter(self._wanted), Launch())
-            claude = await self._fresh(b"", self.settings.model, launch)
-            await self._rehearse(claude, Turn("", launch=launch), self.settings.warm > 0)
-        return self.models
+        async with self._asking:            # one is enough for all that want to know
+            if not self.models:
+                launch = next(iter(self._wanted), Launch())
+                claude = await self._fresh(b"", self.settings.model, launch)
+                await self._rehearse(claude, Turn("", launch=launch), self.settings.warm > 0)
+            return self.models
 
     def launch(self, workspace: str = "", permission_mode: str = "") -> Launch:
         """How an agent has to be started, for a workspace of the settings or none."""

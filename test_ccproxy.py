@@ -5604,6 +5604,21 @@ def test_the_spares_come_back_after_very_long_trouble(tmp_path):
     assert asyncio.run(live())
 
 
+def test_many_who_ask_for_the_models_at_once_get_by_with_one_process(tmp_path):
+    talk = ccproxy.Conversations(ccproxy.Settings(claude="echo", state_dir=str(tmp_path)))
+
+    async def live():
+        await talk.start()
+        talk._keeper.cancel()               # or its spares would be counted, too
+        try:
+            told = await asyncio.gather(*(talk.known_models() for _ in range(20)))
+            return told, len(talk.fleet)
+        finally:
+            await talk.stop()
+    told, processes_ = asyncio.run(live())
+    assert processes_ == 1 and told[0] and told == told[:1] * 20
+
+
 @pytest.mark.parametrize("value", [None, False, 5])
 def test_a_key_that_is_no_text_guards_nothing(value):
     with pytest.raises(ccproxy.ConfigError):
