@@ -2991,10 +2991,11 @@ async def find_claude(wanted: str) -> tuple[list[str], str]:
             stderr=subprocess.STDOUT, env=claude_env(os.environ, 0, 0))
         told = (await asyncio.wait_for(process.communicate(), 10))[0].decode("utf-8", "replace")
     except (OSError, asyncio.TimeoutError) as exc:
-        if process:
+        raise ApiError("unavailable", f"{found} fails ({exc!r}); install it: {INSTALL}") from exc
+    finally:                                # also when nobody waits for it any more
+        if process and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-        raise ApiError("unavailable", f"{found} fails ({exc!r}); install it: {INSTALL}") from exc
     if parse_version(told) < CLI_FLOOR:
         raise ApiError("unavailable", f"Claude Code {told.strip()[:40]!r} is older than "
                        f"{'.'.join(map(str, CLI_FLOOR))}; upgrade it: {INSTALL}@latest")

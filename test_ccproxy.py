@@ -5604,6 +5604,21 @@ def test_the_spares_come_back_after_very_long_trouble(tmp_path):
     assert asyncio.run(live())
 
 
+@pytest.mark.skipif(not ccproxy.POSIX, reason="a shell script")
+def test_a_cli_that_does_not_tell_its_version_ends_with_the_proxy(tmp_path):
+    script, told = tmp_path / "claude", tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\necho $$ > {told}.new; mv {told}.new {told}\nexec sleep 300\n")
+    script.chmod(0o755)
+    with ccproxy.running(claude=str(script), state_dir=str(tmp_path / "state")):
+        assert wait_until(told.exists, 10)
+    pid = int(told.read_text())
+    try:
+        assert wait_until(lambda: pid not in processes(), 5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_many_who_ask_for_the_models_at_once_get_by_with_one_process(tmp_path):
     talk = ccproxy.Conversations(ccproxy.Settings(claude="echo", state_dir=str(tmp_path)))
 
