@@ -2258,10 +2258,11 @@ class AgentReply(Reply):
                 self.failed = Died(f"{self._who} began its answer again after an error")
             self._starts += 1
             self._closing, self._index, self._texts, self._whole = {}, {}, [], False
-            self._using = dict(event["message"].get("usage") or {})
+            self._using = {}
+            self._use(event["message"])
             return [event, *self._give()] if self._starts == 1 else None
         if kind == "message_delta":
-            self._using.update(event.get("usage") or {})
+            self._use(event)
             event = {**event, "usage": self._sum()}
         if kind == "message_stop":
             self._used, self._using, self._whole = self._sum(), {}, True
@@ -2269,12 +2270,16 @@ class AgentReply(Reply):
                 return self._part()
         return super()._event(event)
 
+    def _use(self, told: dict) -> None:
+        """Note the usage of this message; a null says nothing, also not of what was told before."""
+        usage = told.get("usage") or {}
+        self._using.update({k: v for k, v in usage.items() if v is not None})
+
     def _sum(self) -> dict[str, Any]:
         """Usage of all messages of the turn: numbers add up, of others the last one counts."""
-        both = {**self._used, **{k: v for k, v in self._using.items() if v is not None}}
-        counts = {k: v + self._used.get(k, 0) for k, v in both.items() if isinstance(v, int)
-                  and k in self._using and isinstance(self._used.get(k, 0), int)}
-        return {**both, **counts}
+        counts = {k: v + self._used.get(k, 0) for k, v in self._using.items()
+                  if isinstance(v, int) and isinstance(self._used.get(k, 0), int)}
+        return {**self._used, **self._using, **counts}
 
     def _part(self) -> list[dict] | None:
         """The end of the message, if the client has to run a tool now."""

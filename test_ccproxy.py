@@ -7628,6 +7628,20 @@ def test_messages_of_a_turn_become_one_with_new_numbers_and_the_usage_of_all():
     assert indexes == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_a_null_in_the_usage_of_a_message_counts_for_nothing(at):
+    nothing = {"cache_read_input_tokens": None}
+    first = said_by([start(input_tokens=10, cache_read_input_tokens=3, output_tokens=1), *text(
+        0, "a"), *call(1, "t1", "Bash", "{}"), *end("tool_use", output_tokens=7)])
+    second = said_by([
+        start(input_tokens=10, output_tokens=1, **nothing if at == "start" else {
+            "cache_read_input_tokens": 4}),
+        *text(0, "b"), *end(output_tokens=5, **nothing if at == "end" else {})])
+    message = fold(agent_reply([*first, ran("t1"), *second, RESULT])[1])
+    assert message.usage == {"input_tokens": 20, "output_tokens": 12,
+                             "cache_read_input_tokens": 3 if at == "start" else 7}
+
+
 @pytest.mark.parametrize("name, words, failed", [
     ("agent-permission-allow", "File created successfully", False),
     ("agent-permission-deny", "User said no", True)])
