@@ -2999,8 +2999,9 @@ async def find_claude(wanted: str) -> tuple[list[str], str]:
         raise ApiError("unavailable", f"{found} fails ({exc!r}); install it: {INSTALL}") from exc
     finally:                                # also when nobody waits for it any more
         if process and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, AttributeError):
                 process.kill()
+                process._transport.close()  # its pipes
     if parse_version(told) < CLI_FLOOR:
         raise ApiError("unavailable", f"Claude Code {told.strip()[:40]!r} is older than "
                        f"{'.'.join(map(str, CLI_FLOOR))}; upgrade it: {INSTALL}@latest")

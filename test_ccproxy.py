@@ -5609,12 +5609,14 @@ def test_a_cli_that_does_not_tell_its_version_ends_with_the_proxy(tmp_path):
     script, told = tmp_path / "claude", tmp_path / "pid"
     script.write_text(f"#!/bin/sh\necho $$ > {told}.new; mv {told}.new {told}\nexec sleep 300\n")
     script.chmod(0o755)
-    with ccproxy.running(claude=str(script), state_dir=str(tmp_path / "state")):
-        assert wait_until(told.exists, 10)
-    pid = int(told.read_text())
+    gc.disable()                # it would end the process, too, some time
     try:
+        with ccproxy.running(claude=str(script), state_dir=str(tmp_path / "state")):
+            assert wait_until(told.exists, 10)
+        pid = int(told.read_text())
         assert wait_until(lambda: pid not in processes(), 5)
     finally:
+        gc.enable()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
