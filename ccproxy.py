@@ -2911,6 +2911,7 @@ class Claude:
     async def close(self) -> None:
         """End it for sure, within 1.5 s: interrupt, end of input, SIGTERM, SIGKILL; and all that an
         agent has started."""
+        self._permit = None                 # what it asks from now on is denied
         for asking in self._permits.values():
             asking.cancel()
         look = functools.partial(asyncio.to_thread, family, self.process.pid, self._mark)

@@ -5621,6 +5621,30 @@ def test_a_cli_that_does_not_tell_its_version_ends_with_the_proxy(tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
+def test_what_a_cli_asks_while_it_is_ended_is_put_to_nobody():
+    late = """if True:
+        import json, sys, time
+        for line in sys.stdin:
+            pass
+        print(json.dumps({"type": "control_request", "request_id": "r", "request": {
+            "subtype": "can_use_tool", "tool_name": "Bash", "input": {}}}), flush=True)
+        time.sleep(9)"""
+    asked = []
+
+    async def permit(claude, request):
+        asked.append(request)
+        await asyncio.sleep(60)
+
+    async def live():
+        claude = await ccproxy.Claude.spawn([sys.executable, "-c", late], dict(os.environ), HERE,
+                                            lambda claude: None, ccproxy.Launch(True), permit,
+                                            "x=y")
+        await asyncio.sleep(0.5)
+        await claude.close()
+        return claude.process.returncode
+    assert asyncio.run(live()) is not None and asked == []
+
+
 def test_many_who_ask_for_the_models_at_once_get_by_with_one_process(tmp_path):
     talk = ccproxy.Conversations(ccproxy.Settings(claude="echo", state_dir=str(tmp_path)))
 
