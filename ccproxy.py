@@ -2614,8 +2614,10 @@ def family(pid: int, mark: str) -> set[int]:
     that the CLI starts is in a session of its own, and what it leaves behind has no parent."""
     parents: dict[int, int] = {}
     found = {pid}
-    names = [name for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir(
-        "/proc/self") else []
+    names: list[str] = []
+    with contextlib.suppress(OSError):      # too many open files
+        names = [name for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir(
+            "/proc/self") else []
     for name in names:
         with contextlib.suppress(OSError, ValueError, IndexError):
             with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
@@ -3470,14 +3472,16 @@ class Conversations:
         closer.add_done_callback(self._closers.discard)
 
     async def _end(self, claude: Claude) -> None:
-        await claude.close()
-        self._watch(f"-{claude.process.pid}")
-        if claude.home:
-            await asyncio.to_thread(remove, claude.home)
-        if claude.launch.kept and not claude.stored:
-            await asyncio.to_thread(remove_transcripts, claude.init.get("session_id", ""))
-        self._places.release()
-        self._changed.set()
+        try:
+            await claude.close()
+            self._watch(f"-{claude.process.pid}")
+            if claude.home:
+                await asyncio.to_thread(remove, claude.home)
+            if claude.launch.kept and not claude.stored:
+                await asyncio.to_thread(remove_transcripts, claude.init.get("session_id", ""))
+        finally:
+            self._places.release()
+            self._changed.set()
 
     async def _keep(self) -> None:
         """Refill spares when no turn waits for its first delta, or after a second; end the idle."""

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import errno
 import gc
 import glob
 import hashlib
@@ -5643,6 +5644,33 @@ def test_what_a_cli_asks_while_it_is_ended_is_put_to_nobody():
         await claude.close()
         return claude.process.returncode
     assert asyncio.run(live()) is not None and asked == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux")
+def test_an_agent_is_ended_and_its_place_free_also_without_a_free_file_descriptor(
+        tmp_path, monkeypatch):
+    talk = ccproxy.Conversations(ccproxy.Settings(
+        claude="echo", state_dir=str(tmp_path), warm=0, max_processes=1))
+    listdir = os.listdir
+
+    def refuse(path="."):
+        if path == "/proc":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return listdir(path)
+
+    async def live():
+        await talk.start()
+        try:
+            claude = await talk._fresh(b"", "default", talk.launch())
+            monkeypatch.setattr(os, "listdir", refuse)
+            talk._close(claude)
+            await asyncio.wait(set(talk._closers), timeout=5)
+            return claude.process.returncode, talk._places.locked()
+        finally:
+            monkeypatch.undo()
+            await talk.stop()
+    ended, full = asyncio.run(live())
+    assert ended is not None and not full
 
 
 def test_many_who_ask_for_the_models_at_once_get_by_with_one_process(tmp_path):
