@@ -2066,7 +2066,7 @@ class Reply:
             self._starts += 1
             if self._blocks and not (self._strict and self._closing):
                 self.failed = Died(f"{self._who} began its answer again after an error")
-            elif self._starts > ANSWER_TRIES:
+            elif self._strict and self._starts > ANSWER_TRIES:
                 self.failed = ApiError("backend_error", "the model gives no JSON for the schema")
             self._closing, self._index, self._texts = {}, {}, []
             return [event] if self._starts == 1 else None

@@ -2764,6 +2764,13 @@ def test_an_answer_to_a_schema_is_streamed_as_it_comes_but_ends_only_when_valid(
     assert [e["type"] for e in reply.feed(verdict)] == ["message_delta", "message_stop"]
 
 
+def test_a_cli_that_begins_often_without_a_block_is_not_told_of_a_schema_that_there_is_none_of():
+    again = [*stream_lines(start())] * 8
+    reply, events, _ = replay([*again, *stream_lines(*text(0, "hi"), *end())])
+    assert reply.done and well_formed(events).said("text") == "hi"
+    assert "schema" in str(structured(*again)[0].failed)
+
+
 def test_a_whole_answer_that_was_rejected_first_is_only_the_accepted_one():
     reply, events, _ = structured(*answer_lines("t", [BAD], False, thinking(0, "hm")),
                                   *answer_lines("u", [GOOD], True, thinking(0, "oh")))
