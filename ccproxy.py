@@ -3377,6 +3377,8 @@ class Conversations:
             await claude.remember(turn.messages, model, stall_s)
             usage = await claude.ask("get_context_usage", stall_s)
             notes = (usage.get("messageBreakdown") or {}).get("attachmentTokens") or 0
+            if not isinstance(usage.get("totalTokens"), int):
+                raise Died("claude tells no number of tokens")
             return max(1, usage["totalTokens"] - notes)
         finally:
             self._close(claude)
@@ -3551,7 +3553,7 @@ class Conversations:
             hello = claude.told.get("initialize") or {}
             self.models, self.account = hello.get("models") or [], hello.get("account") or {}
             self._full_ids.update({m["value"]: m["resolvedModel"] for m in self.models
-                                   if m.get("resolvedModel")})
+                                   if m.get("value") and m.get("resolvedModel")})
             self._full_ids.setdefault(claude.model, claude.init.get("model") or "")
             self._failures, self.trouble = 0, ""
             self.spares += [claude] * keep

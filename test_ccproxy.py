@@ -5680,6 +5680,19 @@ def test_an_agent_is_ended_and_its_place_free_also_without_a_free_file_descripto
     assert ended is not None and not full
 
 
+def test_a_cli_that_leaves_out_what_others_tell_is_no_bug_of_ours(tmp_path):
+    fake = cli(tmp_path, """
+        def told(request_id, subtype):
+            put("control_response", response=dict(subtype="success", request_id=request_id,
+                response=dict(models=[dict(resolvedModel="claude-new-1")])))
+    """)
+    with serving(tmp_path, claude=fake.path, warm=2) as base:
+        assert until(lambda: get(base, "/status")[2]["processes"]["spare"] == 2)
+        assert [m["id"] for m in get(base, "/v1/models")[2]["data"]] == ["claude-new-1"]
+        answer = ask(base, "POST /v1/messages/count_tokens", body=question("hi"))
+        assert answer.status == 502 and "no number of tokens" in answer.error["message"]
+
+
 def test_many_who_ask_for_the_models_at_once_get_by_with_one_process(tmp_path):
     talk = ccproxy.Conversations(ccproxy.Settings(claude="echo", state_dir=str(tmp_path)))
 
