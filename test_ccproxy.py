@@ -5620,9 +5620,9 @@ def test_a_cli_that_does_not_tell_its_version_ends_with_the_proxy(tmp_path):
     gc.disable()                # it would end the process, too, some time
     try:
         with ccproxy.running(claude=str(script), state_dir=str(tmp_path / "state")):
-            assert wait_until(told.exists, 10)
+            assert until(told.exists, 10)
         pid = int(told.read_text())
-        assert wait_until(lambda: pid not in processes(), 5)
+        assert until(lambda: pid not in processes(), 5)
     finally:
         gc.enable()
         with contextlib.suppress(ProcessLookupError):
