@@ -2973,6 +2973,21 @@ CLAUDE_PLACES = ("~/.claude/local", "~/.local/bin", "~/.npm-global/bin", "~/.bun
                  "~/.volta/bin", "/opt/homebrew/bin", "/usr/local/bin")
 
 
+async def hear(argv: list[str], wait_s: float, errors: int = subprocess.DEVNULL) -> str:
+    """What a command of the CLI says that ends soon.  OSError, asyncio.TimeoutError."""
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+        env=claude_env(os.environ, 0, 0))
+    try:
+        told, _ = await asyncio.wait_for(process.communicate(), wait_s)
+        return told.decode("utf-8", "replace")
+    finally:                                # also when nobody waits for it any more
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, AttributeError):
+                process.kill()
+                process._transport.close()  # its pipes
+
+
 async def find_claude(wanted: str) -> tuple[list[str], str]:
     """The command that starts the CLI, or the stand-in, and its version.
 
@@ -2992,19 +3007,10 @@ async def find_claude(wanted: str) -> tuple[list[str], str]:
     if not found:
         where = f" at {wanted}" if wanted else ""
         raise ApiError("unavailable", f"Claude Code is not installed{where}; install it: {INSTALL}")
-    process = None
     try:
-        process = await asyncio.create_subprocess_exec(
-            found, "--version", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env=claude_env(os.environ, 0, 0))
-        told = (await asyncio.wait_for(process.communicate(), 10))[0].decode("utf-8", "replace")
+        told = await hear([found, "--version"], 10, subprocess.STDOUT)
     except (OSError, asyncio.TimeoutError) as exc:
         raise ApiError("unavailable", f"{found} fails ({exc!r}); install it: {INSTALL}") from exc
-    finally:                                # also when nobody waits for it any more
-        if process and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, AttributeError):
-                process.kill()
-                process._transport.close()  # its pipes
     if parse_version(told) < CLI_FLOOR:
         raise ApiError("unavailable", f"Claude Code {told.strip()[:40]!r} is older than "
                        f"{'.'.join(map(str, CLI_FLOOR))}; upgrade it: {INSTALL}@latest")
@@ -6053,10 +6059,7 @@ async def show_credentials(settings: Settings) -> bool:
         command, version = await find_claude(settings.claude)
         told = {"loggedIn": True, "authMethod": "none needed"}
         if version != "stand-in":
-            process = await asyncio.create_subprocess_exec(
-                *command, "auth", "status", env=claude_env(os.environ, 0, 0),
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            told = json.loads((await asyncio.wait_for(process.communicate(), 30))[0])
+            told = json.loads(await hear([*command, "auth", "status"], 30))
         words = [f"{word} {told[word]}" for word in LOGIN_WORDS if told.get(word)]
         found["chat"] = told.get("loggedIn"), f"claude {version}: " + (
             ", ".join(words) if told.get("loggedIn") else "nobody is logged in; run `claude auth "
