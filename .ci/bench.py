@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What ccproxy adds to the CLI that it drives: first delta and total, in one run, with ratios.
 
-    bench.py ──HTTP───> ccproxy.py ──stdin──> claude ──HTTP──> fake API      rows c, d, e, f
-    bench.py ──stdin─────────────────────────> claude ──HTTP──> fake API      rows a, b
+    bench.py ──HTTP───> ccproxy.py ──stdin──> claude ──HTTP──> fake API      rows c, d, e, f, g
+    bench.py ──stdin─────────────────────────> claude ──HTTP──> fake API      rows a, b, h
     bench.py ──HTTP───> ccproxy.py ──HTTP──> an upstream                      rows of /api
 
 The by-hand rows send the very lines that ccproxy sends (its pure functions are imported), so a
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -47,6 +48,7 @@ DELTA, STOP, RESULT = (re.compile(rb'"type": ?"%s"' % mark) for mark in (
     b"content_block_delta", b"message_stop", b"result"))
 TEXT = re.compile(r'"text_delta", ?"text": ?("(?:[^"\\]|\\.)*")')
 MODEL = "sonnet"
+KEY = "bench"               # agents need one
 
 
 # == The fake API: answers at once =================================================================
@@ -268,12 +270,17 @@ def user(text):
 class ByHand:
     """A CLI process, driven in the same steps as ccproxy drives its own."""
 
-    def __init__(self, lab, system):
+    def __init__(self, lab, system, agent=False):
         body = request_body([user("Count to four.")], system)
-        self.turn, self.requests = ccproxy.DIALECTS["messages"].parse(body), 0
+        launch = ccproxy.Launch(agent, permission_mode="default")
+        self.turn, self.requests = dataclasses.replace(
+            ccproxy.DIALECTS["messages"].parse(body), launch=launch), 0
+        options = ccproxy.agent_options(launch, ccproxy.Settings()) if agent else ()
+        variables = ccproxy.agent_env(
+            ccproxy.parse_version(lab.version), False) if agent else ccproxy.CHAT_ENV
         self.process = lab.start(
-            ccproxy.claude_argv(lab.command, "default"), ccproxy.claude_env(
-                lab.environ("hand"), 2, 2400), stdin=subprocess.PIPE, bufsize=0)
+            ccproxy.claude_argv(lab.command, "default", options), ccproxy.claude_env(
+                lab.environ("hand"), 2, 2400, variables), stdin=subprocess.PIPE, bufsize=0)
         self.output = os.fdopen(os.dup(self.process.stdout.fileno()), "rb")
 
     def control(self, request):
@@ -338,7 +345,8 @@ class Proxy:
         started = time.perf_counter()
         self.process = lab.start([
             sys.executable, os.path.join(ROOT, "ccproxy.py"), "--port", str(self.port), "--quiet",
-            "--claude", lab.claude, "--state-dir", os.path.join(lab.folder, "state"), *options],
+            "--claude", lab.claude, "--state-dir", os.path.join(lab.folder, "state"),
+            "--cwd", lab.empty, *options],
             lab.environ("proxy"), stdout=subprocess.DEVNULL)
         while True:
             with contextlib.suppress(ConnectionError):
@@ -352,21 +360,21 @@ class Proxy:
     def get(self, path):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
         with contextlib.closing(connection):
-            connection.request("GET", path)
+            connection.request("GET", path, headers={"x-api-key": KEY})
             return json.load(connection.getresponse())
 
-    def await_spares(self):
-        while self.get("/status")["processes"]["spare"] < 2:
+    def await_spares(self, number=2):
+        while self.get("/status")["processes"]["spare"] < number:
             time.sleep(0.05)
 
-    def ask(self, text, system="", before=(), kind="new"):
+    def ask(self, text, system="", before=(), kind="new", prefix=""):
         """One streamed request: seconds to its first delta, and to its end."""
         body = json.dumps(request_body([*before, user(text)], system)).encode()
         start, first, data = time.perf_counter(), 0.0, b""
         with socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S) as sock:
-            sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nx-api-key: any\r\n"
-                         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-                         % (self.port, len(body), body))
+            sock.sendall(f"POST {prefix}/v1/messages HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n"
+                         f"x-api-key: {KEY}\r\nContent-Type: application/json\r\n"
+                         f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
             while not data.endswith(b"\r\n0\r\n\r\n"):
                 more = sock.recv(65536)
                 data += more
@@ -417,7 +425,7 @@ def play_round(lab, number, options, samples):
     """Measure every row once or a few times, on processes that are all of the same age."""
     step("starting processes")
     blank, ahead = ByHand(lab, PROMPT), ByHand(lab, PROMPT)
-    bare, proxy = Proxy(lab), Proxy(lab)
+    bare, proxy = Proxy(lab), Proxy(lab, "--api-key", KEY)
     ahead.rehearse()
     bare.await_spares()
 
@@ -445,6 +453,20 @@ def play_round(lab, number, options, samples):
         time.sleep(IDLE_S)
         part()
 
+    step("agents")
+    agent = ByHand(lab, "", agent=True)
+    agent.rehearse()
+    proxy.ask("Count to four.", prefix="/sdk")          # from now on spares wait for agents, too
+    proxy.await_spares(4)
+    history = []
+    for row in ("g0", *["g"] * options.follow_ups):
+        hand, kind, text = f"h{row[1:]}", "continued" if history else "new", f"Count: {len(history)}"
+        time.sleep(SETTLE_S if history else IDLE_S)
+        samples[hand].append(agent.ask() if history else agent.ask(agent.configure()))
+        time.sleep(SETTLE_S)
+        samples[row].append(proxy.ask(text, "", history, kind, "/sdk"))
+        history += [user(text), {"role": "assistant", "content": proxy.said}]
+    kill(agent.process)
     step("new conversations")
     for row, systems in (("d1", [PROMPT] * options.new),
                          ("d0", [f"{PROMPT} ({n})" for n in range(options.new)])):
@@ -482,6 +504,10 @@ ROWS = (    # row, what it is, row to compare its first delta with, ms that it m
     ("d1", "proxy, new conversation, prompt as before", "b1", 8),
     ("e", "proxy, follow-up", "b", 5),
     ("f", "proxy, 8 new conversations at once", "a8", None),
+    ("h0", "agent by hand, initialised ahead", "", None),
+    ("h", "agent by hand, a later turn", "", None),
+    ("g0", "agent, new conversation", "h0", 8),
+    ("g", "agent, follow-up", "h", 5),
 )
 
 
