@@ -3358,8 +3358,6 @@ class Conversations:
             chain[-1] + said).digest()
         calls = {b["id"] for b in message.content if b["type"] == "tool_use"}
         claude.rest(calls if message.stop_reason == "tool_use" else set())
-        if not self.models:                 # no spare was made yet, or none ever is
-            self._learn(claude)
         if claude.failure or claude not in self.fleet or self._waiting:
             return False
         if key in self.idle:
@@ -3558,20 +3556,16 @@ class Conversations:
             empty = ({"role": "user", "content": []},)
             claude.initialize(turn, profile_digest(turn))
             await claude.remember(empty, "", 30)
-            self._learn(claude)
+            hello = claude.told.get("initialize") or {}
+            self.models, self.account = hello.get("models") or [], hello.get("account") or {}
+            self._full_ids.update({m["value"]: m["resolvedModel"] for m in self.models
+                                   if m.get("value") and m.get("resolvedModel")})
             self._full_ids.setdefault(claude.model, claude.init.get("model") or "")
             self._failures, self.trouble = 0, ""
             self.spares += [claude] * keep
         finally:
             if claude not in self.spares:
                 self._close(claude)
-
-    def _learn(self, claude: Claude) -> None:
-        """What a process has told, as it was initialised, of the models and the account."""
-        hello = claude.told.get("initialize") or {}
-        self.models, self.account = hello.get("models") or [], hello.get("account") or {}
-        self._full_ids.update({m["value"]: m["resolvedModel"] for m in self.models
-                               if m.get("value") and m.get("resolvedModel")})
 
 
 # == 11. Agent =====================================================================================

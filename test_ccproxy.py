@@ -5708,16 +5708,6 @@ def test_many_who_ask_for_the_models_at_once_get_by_with_one_process(tmp_path):
     assert processes_ == 1 and told[0] and told == told[:1] * 20
 
 
-def test_a_conversation_tells_the_models_too(tmp_path):
-    with serving(tmp_path, max_processes=1, queue_timeout=0.3) as base:
-        assert http_post(base, "hi").status == 200
-        busy = http_connect(base, request("POST /v1/messages", body=question(
-            "/slow " + "word " * 30, stream=True)))
-        assert b" 200 " in busy.recv(9999)
-        assert ask(base, "GET /v1/models").status == 200
-        busy.close()
-
-
 @pytest.mark.parametrize("value", [None, False, 5])
 def test_a_key_that_is_no_text_guards_nothing(value):
     with pytest.raises(ccproxy.ConfigError):
