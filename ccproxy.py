@@ -852,8 +852,8 @@ def parse_item(item: dict, where: str) -> tuple[str, list[dict]]:
              "content": parse_parts(said, where + ".output")}]
     if kind == "reasoning":
         return "assistant", parse_reasoning(item, where)
-    said = CALL_ITEMS.get(kind.removesuffix("_output"))
-    if not said:
+    slot = CALL_ITEMS.get(kind.removesuffix("_output"))
+    if not slot:
         raise refusal(where + ".type", f"items of type {kind[:40]!r} cannot be used here")
     call = clean_id(item.get("call_id"), where + ".call_id")
     if kind.endswith("_output"):
@@ -861,7 +861,7 @@ def parse_item(item: dict, where: str) -> tuple[str, list[dict]]:
                          "content": parse_parts(item.get("output"), where + ".output")}]
     return "assistant", [{
         "type": "tool_use", "id": call, "input": parse_arguments(
-            item.get(said), f"{where}.{said}", said == "input"),
+            item.get(slot), f"{where}.{slot}", slot == "input"),
         "name": tool_name(item, where, optional(item, "namespace", str, where + "."))}]
 
 
@@ -2609,6 +2609,16 @@ FIXED_ANSWERS: dict[str, dict] = {      # subtype of a control request of the CL
     "hook_callback": {"continue": False}}           # the model's answer is valid: enough
 
 
+def signal_group(pid: int, number: int) -> None:
+    """Signal the group that a process leads: tools of the CLI may have children."""
+    with contextlib.suppress(OSError):
+        if POSIX:
+            os.killpg(pid, number)
+        else:
+            subprocess.run(["taskkill", "/T", "/F", "/PID", str(pid)], capture_output=True,
+                           check=False)
+
+
 def family(pid: int, mark: str) -> set[int]:
     """A process's descendants, and on Linux all that have the mark in their environment: a shell
     that the CLI starts is in a session of its own, and what it leaves behind has no parent."""
@@ -2902,13 +2912,7 @@ class Claude:
     # -- its death
 
     def signal(self, number: int) -> None:
-        """Signal the whole group: tools of the CLI may have children."""
-        with contextlib.suppress(OSError):
-            if POSIX:
-                os.killpg(self.process.pid, number)
-            else:
-                subprocess.run(["taskkill", "/T", "/F", "/PID", str(self.process.pid)],
-                               capture_output=True, check=False)
+        signal_group(self.process.pid, number)
 
     async def close(self) -> None:
         """End it for sure, within 1.5 s: interrupt, end of input, SIGTERM, SIGKILL; and all that an
@@ -2973,19 +2977,21 @@ CLAUDE_PLACES = ("~/.claude/local", "~/.local/bin", "~/.npm-global/bin", "~/.bun
                  "~/.volta/bin", "/opt/homebrew/bin", "/usr/local/bin")
 
 
-async def hear(argv: list[str], wait_s: float, errors: int = subprocess.DEVNULL) -> str:
+async def hear(argv: list[str], wait_s: float, stderr: int = subprocess.DEVNULL) -> str:
     """What a command of the CLI says that ends soon.  OSError, asyncio.TimeoutError."""
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-        env=claude_env(os.environ, 0, 0))
+        *argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
+        env=claude_env(os.environ, 0, 0), start_new_session=True)
     try:
         told, _ = await asyncio.wait_for(process.communicate(), wait_s)
         return told.decode("utf-8", "replace")
     finally:                                # also when nobody waits for it any more
         if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, AttributeError):
-                process.kill()
-                process._transport.close()  # its pipes
+            signal_group(process.pid, SIGKILL)
+        for _ in range(50):                 # wait() would wait for who holds its pipes, too
+            if process.returncode is None:
+                await asyncio.sleep(0.02)
+        process._transport.close()          # its pipes
 
 
 async def find_claude(wanted: str) -> tuple[list[str], str]:
@@ -3127,6 +3133,7 @@ class Conversations:
         self.spares: list[Claude] = []
         self.idle: dict[bytes, Claude] = {}         # key of the whole conversation -> process
         self.models: list[dict] = []                # as the CLI reports them
+        self._asking: asyncio.Task | None = None    # of a process for them
         self.account: dict = {}                     # and whose login it is
         self.version, self.trouble = "", "no process is up yet"     # why nothing could be served
         self._command: list[str] = []
@@ -3145,8 +3152,7 @@ class Conversations:
 
     async def start(self) -> None:
         self._changed = asyncio.Event()             # 3.9 binds the loop here
-        self._check, self._asking = asyncio.Lock(), asyncio.Lock()
-        self._places = asyncio.Semaphore(self.settings.max_processes)
+        self._check, self._places = asyncio.Lock(), asyncio.Semaphore(self.settings.max_processes)
         self._cwd = tempfile.mkdtemp(prefix="ccproxy-")
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
         if POSIX:                           # elsewhere a busy process ends with its turn
@@ -3164,9 +3170,11 @@ class Conversations:
 
     async def stop(self) -> None:
         """No child process is left when this returns."""
-        while not self._keeper.done():      # until 3.12 wait_for may swallow a cancellation
-            self._keeper.cancel()
-            await asyncio.wait({self._keeper}, timeout=0.1)
+        tasks = {self._keeper, self._asking} - {None}
+        while tasks:                        # until 3.12 wait_for may swallow a cancellation
+            for task in tasks:
+                task.cancel()
+            _, tasks = await asyncio.wait(tasks, timeout=0.1)
         while self.fleet or self._closers:
             for claude in list(self.fleet):
                 self._close(claude)
@@ -3190,14 +3198,24 @@ class Conversations:
             return self._command
 
     async def known_models(self) -> list[dict]:
-        """The models that the CLI reports; a process is asked if none has told them yet."""
+        """The models that the CLI reports; if none has told them yet, a process is asked, once for
+        all that want to know."""
         await self.command()
-        async with self._asking:            # one is enough for all that want to know
-            if not self.models:
-                launch = next(iter(self._wanted), Launch())
-                claude = await self._fresh(b"", self.settings.model, launch)
-                await self._rehearse(claude, Turn("", launch=launch), self.settings.warm > 0)
-            return self.models
+        told = [claude for claude in self.fleet if claude.told.get("initialize")]
+        if told and not self.models:
+            self._learn(told[0])
+        if not self.models:
+            self._asking = self._asking or asyncio.ensure_future(self._ask_models())
+            await asyncio.shield(self._asking)
+        return self.models
+
+    async def _ask_models(self) -> None:
+        try:
+            launch = next(iter(self._wanted), Launch())
+            claude = await self._fresh(b"", self.settings.model, launch)
+            await self._rehearse(claude, Turn("", launch=launch), self.settings.warm > 0)
+        finally:
+            self._asking = None
 
     def launch(self, workspace: str = "", permission_mode: str = "") -> Launch:
         """How an agent has to be started, for a workspace of the settings or none."""
@@ -3487,6 +3505,9 @@ class Conversations:
                 await asyncio.to_thread(remove, claude.home)
             if claude.launch.kept and not claude.stored:
                 await asyncio.to_thread(remove_transcripts, claude.init.get("session_id", ""))
+        except BaseException:               # no thread could be started, or the like
+            claude.signal(SIGKILL)
+            raise
         finally:
             self._places.release()
             self._changed.set()
@@ -3556,16 +3577,20 @@ class Conversations:
             empty = ({"role": "user", "content": []},)
             claude.initialize(turn, profile_digest(turn))
             await claude.remember(empty, "", 30)
-            hello = claude.told.get("initialize") or {}
-            self.models, self.account = hello.get("models") or [], hello.get("account") or {}
-            self._full_ids.update({m["value"]: m["resolvedModel"] for m in self.models
-                                   if m.get("value") and m.get("resolvedModel")})
+            self._learn(claude)
             self._full_ids.setdefault(claude.model, claude.init.get("model") or "")
             self._failures, self.trouble = 0, ""
             self.spares += [claude] * keep
         finally:
             if claude not in self.spares:
                 self._close(claude)
+
+    def _learn(self, claude: Claude) -> None:
+        """What a process has told, as it was initialised, of the models and the account."""
+        hello = claude.told.get("initialize") or {}
+        self.models, self.account = hello.get("models") or [], hello.get("account") or {}
+        self._full_ids.update({m["value"]: m["resolvedModel"] for m in self.models
+                               if m.get("value") and m.get("resolvedModel")})
 
 
 # == 11. Agent =====================================================================================

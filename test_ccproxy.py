@@ -5708,6 +5708,52 @@ def test_many_who_ask_for_the_models_at_once_get_by_with_one_process(tmp_path):
     assert processes_ == 1 and told[0] and told == told[:1] * 20
 
 
+def test_a_failure_to_ask_for_the_models_is_told_to_all_who_waited(tmp_path):
+    talk, tries = ccproxy.Conversations(ccproxy.Settings(
+        claude="echo", state_dir=str(tmp_path), warm=0)), []
+
+    async def fresh(*_):
+        tries.append(1)
+        await asyncio.sleep(0.05)
+        raise ApiError("rate_limit_exceeded", "no place")
+
+    async def live():
+        await talk.start()
+        talk._fresh = fresh
+        try:
+            told = await asyncio.gather(*(talk.known_models() for _ in range(9)),
+                                        return_exceptions=True)
+            del talk._fresh
+            return told, await talk.known_models()
+        finally:
+            await talk.stop()
+    told, models = asyncio.run(live())
+    assert [str(error) for error in told] == ["no place"] * 9 and len(tries) == 1 and models
+
+
+def test_any_process_tells_the_models_to_who_asks(tmp_path):
+    with serving(tmp_path, max_processes=1, queue_timeout=0.3) as base:
+        busy = http_connect(base, request("POST /v1/messages", body=question(
+            "/slow " + "word " * 30, stream=True)))
+        assert b" 200 " in busy.recv(9999)
+        assert ask(base, "GET /v1/models").status == 200
+        busy.close()
+
+
+@pytest.mark.skipif(not ccproxy.POSIX, reason="a process group")
+def test_a_command_that_hangs_ends_with_its_children_and_leaves_no_descriptor(tmp_path):
+    async def live():
+        with pytest.raises(asyncio.TimeoutError):
+            await ccproxy.hear(["sh", "-c", f"sleep 987{os.getpid()} & wait"], 0.3)
+        assert await ccproxy.hear(["sh", "-c", "echo 1; echo 2 >&2"], 5) == "1\n"
+    asyncio.run(live())                     # whatever the first one needs once
+    before = os.listdir("/dev/fd")
+    asyncio.run(live())
+    assert len(os.listdir("/dev/fd")) == len(before)
+    assert until(lambda: f"987{os.getpid()}" not in subprocess.run(
+        ["ps", "-eo", "args"], stdout=subprocess.PIPE, text=True).stdout)
+
+
 @pytest.mark.parametrize("value", [None, False, 5])
 def test_a_key_that_is_no_text_guards_nothing(value):
     with pytest.raises(ccproxy.ConfigError):
