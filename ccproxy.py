@@ -4140,10 +4140,10 @@ class Credentials:
             token, until = str(login["accessToken"]), login.get("expiresAt")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None                     # not there, or half written
-        return Credential(
-            {"authorization": f"Bearer {token}"}, "login", path,
-            until / 1000 if isinstance(until, (int, float)) and abs(until) < 1e14 else None
-        ) if re.fullmatch(r"[\x21-\x7e]+", token) else None
+        if not re.fullmatch(r"[\x21-\x7e]+", token):
+            return None
+        expires = until / 1000 if isinstance(until, (int, float)) and abs(until) < 1e14 else None
+        return Credential({"authorization": f"Bearer {token}"}, "login", path, expires)
 
 
 def upstream_headers(sent: Mapping[str, str], credential: Credential | None) -> dict[str, str]:
@@ -4585,12 +4585,13 @@ class Links:
     @staticmethod
     def _dial(exchange: Exchange, address: tuple, timeout_s: float, *_: Any) -> socket.socket:
         """A connected socket, which the exchange can end before it is connected."""
-        trouble: OSError = OSError("it has no address")
+        trouble, until = OSError("it has no address"), time.monotonic() + timeout_s
         places = socket.getaddrinfo(*address, 0, socket.SOCK_STREAM)
-        for family, kind, proto, _, place in places:
+        for n, (family, kind, proto, _, place) in enumerate(places):
             sock = socket.socket(family, kind, proto)
-            try:
-                sock.settimeout(timeout_s / len(places))    # a silent one leaves time for the next
+            try:                            # a silent one leaves time for those behind it
+                left_s = (until - time.monotonic()) / (len(places) - n)
+                sock.settimeout(max(0.01, left_s))
                 exchange.own(sock)
                 sock.connect(place)
                 sock.settimeout(timeout_s)
@@ -4693,10 +4694,10 @@ def messages_request(turn: Turn, model: str, most: float = math.inf) -> dict:
         system = cached(system)
         messages[-1] = {**messages[-1], "content": cached(messages[-1]["content"])}
     budget = fields.get("thinking", {}).get("budget_tokens", 0)
-    optional = {"system": system, "tools": tools, "output_config": output,
-                "tool_choice": tools and choice}
+    more = {"system": system, "tools": tools, "output_config": output,
+            "tool_choice": tools and choice}
     return {"model": model, "max_tokens": min(most, budget + MAX_OUTPUT), "stream": True, **fields,
-            "messages": messages, **{name: said for name, said in optional.items() if said}}
+            "messages": messages, **{name: said for name, said in more.items() if said}}
 
 
 class Upstream:
@@ -6164,7 +6165,8 @@ def shown_question(question: dict) -> str:
 
 def told_error(exc: Any) -> str:
     """What an HTTP error of ours says."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+    import http.client
+    with contextlib.suppress(ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
         return json.loads(exc.read())["error"]["message"]
     return str(exc)
 
@@ -6275,22 +6277,24 @@ class Approver:
 # -- the stand-in: a CLI of a few words, for a first try and for tests of clients without a token
 
 def sample(schema: Any, root: dict, depth: int = 0) -> Any:
-    """A smallest value for a JSON schema: what the stand-in answers when one is set."""
-    if not isinstance(schema, dict):        # true: anything
+    """A small value for a JSON schema: what the stand-in answers when one is set."""
+    if not isinstance(schema, dict) or depth > 12:      # true: anything
         return {}
-    deep = depth > 10                       # it may be recursive: now it has to end
-    schema = (schema.get("anyOf") or schema.get("oneOf") or [schema])[-1 if deep else 0]
+    choices = schema.get("anyOf") or schema.get("oneOf")
+    if choices:                             # further in it has to end
+        ends = [choice for choice in choices if depth > 4 and "$ref" not in str(choice)]
+        return sample((ends or choices)[0], root, depth + 1)
     if "$ref" in schema:
-        target = root
+        target: Any = root
         for name in schema["$ref"].split("/")[1:]:
-            target = target[name]
+            target = target[int(name) if isinstance(target, list) else name]
         return sample(target, root, depth + 1)
     kind, items = schema.get("type", "object"), schema.get("items", {"type": "string"})
     inner = {name: sample(part, root, depth + 1)
              for name, part in schema.get("properties", {}).items()
-             if not deep or name in schema.get("required", ())}
+             if depth < 3 or name in schema.get("required", ())}
     values = {"string": "text", "boolean": True, "null": None, "object": inner,
-              "array": [sample(items, root, depth + 1)] if kind == "array" and not deep else []}
+              "array": [sample(items, root, depth + 1)] if kind == "array" and depth < 5 else []}
     kind = kind[0] if isinstance(kind, list) else kind
     some = schema.get("enum") or [values.get(kind, schema.get("minimum", 1))]
     return schema.get("const", some[0])

@@ -13,7 +13,6 @@ import gc
 import glob
 import hashlib
 import http.client
-import inspect
 import itertools
 import json
 import os
@@ -31,6 +30,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 import uuid
 from collections import Counter
@@ -3311,7 +3311,7 @@ def standstill():
         frames = [place(frame) for frame, _ in traceback.walk_stack(stacks.get(thread.ident))]
         told["thread  " + " < ".join(frames[:6])] += 1
     for thing in gc.get_objects():
-        kind = "cr" if inspect.iscoroutine(thing) else "ag" if inspect.isasyncgen(thing) else ""
+        kind = {types.CoroutineType: "cr", types.AsyncGeneratorType: "ag"}.get(type(thing), "")
         frame, running = kind and getattr(thing, f"{kind}_frame"), kind and getattr(
             thing, f"{kind}_running")
         if frame and (running or frame.f_lasti > 2):
@@ -4276,6 +4276,10 @@ NODE = {"type": "object", "required": ["next"], "properties": {
     ({"type": "object", "properties": {"next": True}}, {}),
     ({"type": "object", "properties": {"next": {"type": "object", "properties": {
         "next": {"$ref": "#/properties/next/$defs/last"}}, "$defs": {"last": {"const": 7}}}}}, 7),
+    ({"anyOf": [True]}, {}), ({"allOf": [{"const": 8}], "properties": {
+        "next": {"$ref": "#/allOf/0"}}}, 8),
+    ({"required": ["next"], "properties": {"next": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}}}, None),
+    ({"properties": {name: {"$ref": "#"} for name in ("next", *"abcdefghijklmno")}}, {}),
 ])
 def test_the_stand_in_has_an_answer_to_a_recursive_or_an_odd_schema(schema, innermost):
     value = ccproxy.sample(schema, schema)
@@ -5971,16 +5975,20 @@ class Odd:
     def _accept(self):
         while True:
             sock = self._listener.accept()[0]
+            self._socks.append(sock)
             if self._over:
-                return sock.close()
+                break
             self.connections += 1
             self._threads.append(threading.Thread(target=self._serve, args=(sock,), daemon=True))
             self._threads[-1].start()
 
     def _serve(self, sock):
         with contextlib.suppress(OSError):
-            sock = self._context.wrap_socket(sock, server_side=True) if self._context else sock
-            self._socks.append(sock)
+            if self._context:
+                sock = self._context.wrap_socket(sock, server_side=True,
+                                                 do_handshake_on_connect=False)
+                self._socks.append(sock)
+                sock.do_handshake()
             file, going = sock.makefile("rb"), True
             while going is not False:
                 head = read_head(file)
@@ -8150,7 +8158,7 @@ def test_approve_says_when_it_is_refused_or_nobody_is_there(tmp_path):
     told = run(tmp_path, "approve", "--url", "http://127.0.0.1:9", "--key", "k")
     assert told.returncode == 1 and "cannot reach http://127.0.0.1:9" in told.stderr
     half = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n30\r\nevent: re"
-    for answer in (b"SSH-2.0-x\r\n", half):
+    for answer in (b"SSH-2.0-x\r\n", half, b"HTTP/1.1 502 Bad\r\nContent-Length: 50\r\n\r\n<html>"):
         with Odd(lambda sock: sock.sendall(answer) or False) as odd:
             with subprocess.Popen([sys.executable, ccproxy.__file__, "approve", "--url", odd.url],
                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,

@@ -453,20 +453,6 @@ def play_round(lab, number, options, samples):
         time.sleep(IDLE_S)
         part()
 
-    step("agents")
-    agent = ByHand(lab, "", agent=True)
-    agent.rehearse()
-    proxy.ask("Count to four.", prefix="/sdk")          # from now on spares wait for agents, too
-    proxy.await_spares(4)
-    history = []
-    for row in ("g0", *["g"] * options.follow_ups):
-        hand, kind, text = f"h{row[1:]}", "continued" if history else "new", f"Count: {len(history)}"
-        time.sleep(SETTLE_S if history else IDLE_S)
-        samples[hand].append(agent.ask() if history else agent.ask(agent.configure()))
-        time.sleep(SETTLE_S)
-        samples[row].append(proxy.ask(text, "", history, kind, "/sdk"))
-        history += [user(text), {"role": "assistant", "content": proxy.said}]
-    kill(agent.process)
     step("new conversations")
     for row, systems in (("d1", [PROMPT] * options.new),
                          ("d0", [f"{PROMPT} ({n})" for n in range(options.new)])):
@@ -484,6 +470,24 @@ def play_round(lab, number, options, samples):
     step("8 at once")
     time.sleep(options.pause)
     samples["f"] += at_once(8, lambda n: proxy.ask(f"Count to four. ({n})", PROMPT))
+    step("agents")
+    agent, history = ByHand(lab, "", agent=True), []
+    agent.rehearse()
+    proxy.ask("Count to four.", prefix="/sdk")          # from now on spares wait for agents, too
+    proxy.await_spares(4)
+    for n in range(options.follow_ups + 1):
+
+        def by_hand_once():
+            samples["h" if n else "h0"].append(agent.ask() if n else agent.ask(agent.configure()))
+
+        def by_proxy_once():
+            samples["g" if n else "g0"].append(proxy.ask(
+                f"Again: {n}", "", history, "continued" if n else "new", "/sdk"))
+        for part in (by_hand_once, by_proxy_once)[::1 if (number + n) % 2 else -1]:
+            time.sleep(SETTLE_S if n else IDLE_S)
+            part()
+        history += [user(f"Again: {n}"), {"role": "assistant", "content": proxy.said}]
+    kill(agent.process)
     proxy.stop()
     if lab.claude != "echo":                # the stand-in has no other mode
         step("claude -p")
@@ -626,7 +630,7 @@ def parse_arguments():
     parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
     parser.add_argument("--pause", type=float, default=1.5, help="seconds between new "
                         "conversations, in which a spare is refilled (default 1.5)")
-    parser.add_argument("--quick", action="store_true", help="2 short rounds, under a minute")
+    parser.add_argument("--quick", action="store_true", help="2 short rounds, about a minute")
     options = parser.parse_args()
     options.rounds = 2 if options.quick else options.rounds
     options.new, options.follow_ups = (1, 3) if options.quick else (2, 5)
