@@ -3205,7 +3205,10 @@ class Conversations:
         if told and not self.models:
             self._learn(told[0])
         if not self.models:
-            self._asking = self._asking or asyncio.ensure_future(self._ask_models())
+            if self._asking is None:
+                self._asking = asyncio.ensure_future(self._ask_models())
+                self._asking.add_done_callback(     # who waited may be gone by then
+                    lambda task: task.cancelled() or task.exception())
             await asyncio.shield(self._asking)
         return self.models
 
@@ -6405,7 +6408,10 @@ class StandIn:
             self.block({"type": "thinking", "thinking": "", "signature": ""},
                        ["They want ", "me to think."])
         if self.schema is not None:
-            return self.call([tool_use(ANSWER, sample(self.schema, self.schema))])
+            given: Any = {}
+            with contextlib.suppress(AttributeError, TypeError, LookupError, ValueError):
+                given = sample(self.schema, self.schema)        # else it is no schema at all
+            return self.call([tool_use(ANSWER, given)])
         calls = [tool_use(PREFIX * self.agent + name, parse_input(text))
                  for name, text in re.findall(r"/call (\S+) (\{.*\})", said)]
         return self.call(calls) if calls else self.speak(said)

@@ -4288,6 +4288,14 @@ def test_the_stand_in_has_an_answer_to_a_recursive_or_an_odd_schema(schema, inne
     assert value == innermost
 
 
+@pytest.mark.parametrize("schema", [{"properties": "x"}, {"$ref": 5}, {"$ref": "#/x"}, {"anyOf": 5},
+                                    {"enum": 5, "type": {}}])
+def test_the_stand_in_outlives_what_is_no_schema(url, schema):
+    answer = http_post(url, "hi", "messages", output_config={"format": {
+        "type": "json_schema", "schema": {"type": "object", **schema}}})
+    assert answer.status in (200, 400), answer.body
+
+
 def test_doctor_is_content_with_the_stand_in(tmp_path):
     told = run(tmp_path, "doctor", "--deep", "--claude", "echo", "--state-dir", str(tmp_path))
     assert told.returncode == 0 and "FAIL" not in told.stdout
@@ -5733,6 +5741,29 @@ def test_a_failure_to_ask_for_the_models_is_told_to_all_who_waited(tmp_path):
             await talk.stop()
     told, models = asyncio.run(live())
     assert [str(error) for error in told] == ["no place"] * 9 and len(tries) == 1 and models
+
+
+def test_a_failure_to_ask_for_the_models_that_nobody_waits_for_any_more_is_no_noise(tmp_path):
+    talk, noise = ccproxy.Conversations(ccproxy.Settings(
+        claude="echo", state_dir=str(tmp_path), warm=0)), []
+
+    async def fresh(*_):
+        await asyncio.sleep(0.1)
+        raise ApiError("rate_limit_exceeded", "no place")
+
+    async def live():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: noise.append(context))
+        await talk.start()
+        talk._fresh = fresh
+        try:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(talk.known_models(), 0.02)
+            await asyncio.sleep(0.2)
+            gc.collect()
+        finally:
+            await talk.stop()
+    asyncio.run(live())
+    assert noise == []
 
 
 def test_any_process_tells_the_models_to_who_asks(tmp_path):
