@@ -490,6 +490,21 @@ def state_dir(settings: Settings) -> str:
         home or "~", "ccproxy")))
 
 
+@contextlib.contextmanager
+def drafted(path: str, text: str) -> Iterator[str]:
+    """A private file (0600) with this text in the folder of `path`, to be moved or linked there in
+    one step: no reader meets half a file.  What is left of it at the end goes.  OSError."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=os.path.dirname(path))
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        yield draft
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(draft)
+
+
 def alias_of(table: Mapping[str, dict[str, str]], asked: str) -> dict[str, str]:
     """What --models says of a name, with or without its vendor: names first, then patterns."""
     names = asked, asked.rpartition("/")[2]
@@ -1630,16 +1645,9 @@ class Refusals:
                      if not rule.get("once") and len(json.dumps(rule)) <= RULE_LIMIT):
             known[:] = [old for old in known if {**old, "at": rule["at"]} != rule] + [rule]
         del known[:-MOST_RULES]
-        try:                                # in one step: no reader meets half a file
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=os.path.dirname(self.path))    # 0600
-            try:
-                with open(handle, "w", encoding="utf-8") as file:
-                    json.dump(self.rules, file)
+        try:
+            with drafted(self.path, json.dumps(self.rules)) as draft:
                 os.replace(draft, self.path)
-            except OSError:
-                os.remove(draft)
-                raise
         except OSError as exc:
             say(f"cannot keep what models refuse in {self.path}: {exc}")
 
@@ -2576,18 +2584,14 @@ def agent_key(folder: str) -> tuple[str, str]:
     path, key = os.path.join(folder, "agent-key.sha256"), ""
     try:
         os.stat(path)
-    except FileNotFoundError:               # made in one step, and not over another's
+    except FileNotFoundError:
         key = "ccp-" + secrets.token_urlsafe(32)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=folder)    # 0600
-        with open(handle, "w", encoding="ascii") as file:
-            file.write(key_digest(key))
-        try:
-            os.link(draft, path)
-        except OSError:                     # it is there, or the file system knows no links
-            if not os.path.exists(path):
-                shutil.copy(draft, path)
-        os.remove(draft)
+        with drafted(path, key_digest(key)) as draft:
+            try:
+                os.link(draft, path)        # not over another's
+            except OSError:                 # it is there, or the file system knows no links
+                if not os.path.exists(path):
+                    shutil.copy(draft, path)
     with open(path, encoding="ascii", errors="replace") as file:
         digest = file.read().strip()
     if not re.fullmatch("[0-9a-f]{64}", digest):
@@ -2617,6 +2621,13 @@ def signal_group(pid: int, number: int) -> None:
         else:
             subprocess.run(["taskkill", "/T", "/F", "/PID", str(pid)], capture_output=True,
                            check=False)
+
+
+async def ended(process: asyncio.subprocess.Process, wait_s: float) -> None:
+    """Wait for a process, at most so long; wait() would wait for who holds its pipes, too."""
+    for _ in range(int(wait_s / 0.02)):
+        if process.returncode is None:
+            await asyncio.sleep(0.02)
 
 
 def family(pid: int, mark: str) -> set[int]:
@@ -2929,9 +2940,7 @@ class Claude:
         for number, wait_s in ((0, 0.3), (signal.SIGTERM, 0.5), (SIGKILL, 0.7)):
             if number:
                 self.signal(number)
-            for _ in range(int(wait_s / 0.02)):
-                if self.process.returncode is None:
-                    await asyncio.sleep(0.02)
+            await ended(self.process, wait_s)
         self.signal(SIGKILL)                # what it may have left behind
         for _ in range(5 * self.launch.agent):      # they may have had children meanwhile
             kin |= await look()
@@ -2988,9 +2997,7 @@ async def hear(argv: list[str], wait_s: float, stderr: int = subprocess.DEVNULL)
     finally:                                # also when nobody waits for it any more
         if process.returncode is None:
             signal_group(process.pid, SIGKILL)
-        for _ in range(50):                 # wait() would wait for who holds its pipes, too
-            if process.returncode is None:
-                await asyncio.sleep(0.02)
+            await ended(process, 1)
         process._transport.close()          # its pipes
 
 
@@ -3084,11 +3091,16 @@ def remove(path: str) -> None:
             os.remove(path)
 
 
+def claude_dir() -> str:
+    """Where the CLI keeps its login and what it writes down of sessions."""
+    return os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+
+
 def remove_transcripts(session_id: str) -> None:
     """Remove what the CLI has written down of one of its sessions."""
-    home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.path.expanduser("~"), ".claude")
     if re.fullmatch(r"[0-9a-f-]{36}", session_id):
-        for path in glob.glob(os.path.join(glob.escape(home), "projects", "*", session_id + "*")):
+        place = os.path.join(glob.escape(claude_dir()), "projects", "*")
+        for path in glob.glob(os.path.join(place, session_id + "*")):
             remove(path)
 
 
@@ -3201,9 +3213,9 @@ class Conversations:
         """The models that the CLI reports; if none has told them yet, a process is asked, once for
         all that want to know."""
         await self.command()
-        told = [claude for claude in self.fleet if claude.told.get("initialize")]
+        told = next((claude for claude in self.fleet if claude.told.get("initialize")), None)
         if told and not self.models:
-            self._learn(told[0])
+            self._learn(told)
         if not self.models:
             if self._asking is None:
                 self._asking = asyncio.ensure_future(self._ask_models())
@@ -3965,7 +3977,7 @@ class Sessions:
                 await self.delete(*key)
         kept = [old["cwd"] for old in await self._store.run(self._store.sessions, None, None)]
         used = set(map(os.path.basename, [*kept, *self._homes()]))
-        await asyncio.get_running_loop().run_in_executor(None, self._remove_unused, used)
+        await asyncio.to_thread(self._remove_unused, used)
 
     def _remove_unused(self, used: set[str]) -> None:
         """Remove what proxies that were killed have left behind."""
@@ -4002,14 +4014,14 @@ class Sessions:
 
     async def delete(self, caller: str, name: str) -> bool:
         """Whether there was one; what the CLI has written down of it goes, too."""
-        self._tasks.pop((caller, name), None)
+        self.settled(caller, name)
         gone = await self._store.run(self._store.delete_session, caller, name)
         for session in gone:
             await self._forget(session)
         return bool(gone)
 
     async def _forget(self, session: dict) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self._wipe, session)
+        await asyncio.to_thread(self._wipe, session)
 
     def _wipe(self, session: dict) -> None:
         """Remove the CLI's transcripts of a session, and its directory if that is its own."""
@@ -4135,8 +4147,7 @@ class Credentials:
     @staticmethod
     def login() -> Credential | None:
         """The login in the CLI's credentials file; read each time (15 us), as the CLI renews it."""
-        folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
-        path = os.path.join(folder, ".credentials.json")
+        path = os.path.join(claude_dir(), ".credentials.json")
         try:
             with open(path, encoding="utf-8") as file:
                 login = json.load(file)["claudeAiOauth"]

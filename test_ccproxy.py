@@ -7382,6 +7382,16 @@ def test_a_key_of_the_operators_is_the_only_one(tmp_path):
         assert Agent(url).ask("hi").text == "hi"
 
 
+def test_a_key_for_agents_that_cannot_be_kept_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left")
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copy", full)
+    with pytest.raises(OSError, match="No space left"):
+        ccproxy.agent_key(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("text, problem", [("", "no digest"), ("x" * 64, "no digest"),
                                            ("\u00e9" * 64, "no digest")])
 def test_a_broken_file_of_the_agents_key_is_said(tmp_path, text, problem):
